@@ -1,0 +1,259 @@
+"""`rba`: refine, align, bench, demo, train."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .errors import InputError
+from .imageio import check_output, read_image, read_mask, write_image, write_mask
+
+SAMPLE = Path(__file__).parent / "sample"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except InputError as error:
+        print(f"rba: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rba: cancelled, nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def refine(options) -> None:
+    from .pipeline import refine_by_align
+
+    check_output(options.output)
+    if options.save_correspondence:
+        check_output(options.save_correspondence)
+    picture = read_image(options.image)
+    mask, reference, reference_mask = _inputs(options)
+    model = _load(options)
+    settings = _settings(options)
+    started = time.perf_counter()
+    with _bar("refine") as progress:
+        refined = refine_by_align(model, picture.rgb, mask, reference, reference_mask, settings=settings, seed=options.seed, progress=progress)
+    seconds = time.perf_counter() - started
+    write_image(options.output, refined.image, like=picture)
+    regions = [region for region in refined.regions if region is not None]
+    if options.save_correspondence:
+        union = torch.stack([region.mask for region in regions]).amax(0) if regions else torch.zeros(reference.shape[-2:])
+        write_mask(options.save_correspondence, union)
+    fell_back = 0 if options.single_stage else len(refined.regions) - len(regions)
+    if fell_back:
+        print(f"rba: alignment found nothing for {fell_back} of {len(refined.regions)} artifacts; the whole reference guided them", file=sys.stderr)
+    if options.json:
+        boxes = [[r.box.x, r.box.y, r.box.width, r.box.height] if r else None for r in refined.regions]
+        print(json.dumps({"output": str(options.output), "seconds": round(seconds, 3), "seed": options.seed, "regions": boxes, "fell_back": fell_back}))
+    else:
+        print(f"{options.output}  ({len(refined.regions)} artifact{'s' * (len(refined.regions) > 1)}, {seconds:.1f} s)")
+
+
+def align(options) -> None:
+    from .alignment import align as align_crop
+    from .overlay import overlay
+    from .pipeline import check_inputs
+    from .postprocessing import CleaningSettings, clean
+    from .reference_encoding import encode_reference
+    from .zoom_crop import zoom_crop
+
+    for path in filter(None, (options.output, options.raw, options.overlay)):
+        check_output(path)
+    image = read_image(options.image).rgb
+    mask, reference, reference_mask = _inputs(options)
+    check_inputs(image, mask, reference, reference_mask)
+    model = _load(options)
+    whole = encode_reference(model, reference, torch.ones(reference.shape[-2:]) if reference_mask is None else reference_mask)
+    crop = zoom_crop(image, mask, model.config.image_size, context=model.config.alignment_context, multiple=model.stride)
+    raw = align_crop(model, crop, whole, layer=options.layer, timestep=options.timestep, noise_level=options.noise_level, seed=options.seed)
+    if options.raw:
+        soft = whole.to_reference(raw)
+        write_mask(options.raw, soft / soft.max().clamp(min=1e-9))
+    region = clean(raw, whole, CleaningSettings(threshold=options.threshold))
+    write_mask(options.output, region.mask)
+    if options.overlay:
+        write_image(options.overlay, overlay(reference, region.mask))
+    print(f"{options.output}  (box {region.box.x},{region.box.y} {region.box.width} x {region.box.height})")
+
+
+def demo(options) -> None:
+    from .demo import run
+
+    run(_load(options), Path(options.output), seed=options.seed)
+
+
+def bench(options) -> None:
+    from .bench.run import METHODS, format_table, run
+    from .bench.sheet import write_sheet
+
+    methods = [name.strip() for name in options.methods.split(",")]
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise InputError("methods", f"{unknown[0]!r} is not known", f"use some of {', '.join(METHODS)}")
+    for path in filter(None, (options.json, options.sheet)):
+        check_output(path, lossless=path == options.sheet)
+    results = run(options.set, methods, _load(options), limit=options.limit, seed=options.seed)
+    print(format_table(results))
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+    if options.sheet:
+        write_sheet(options.set, results, options.sheet)
+
+
+def make_set(options) -> None:
+    from .bench.synthetic import make_set
+
+    make_set(options.folder, options.n, options.seed)
+    print(f"{options.folder}  ({options.n} items)")
+
+
+def train(options) -> None:
+    from .training.train import train
+
+    train(Path(options.config), Path(options.output), photos=options.photos, legs=options.legs.split(",") if options.legs else None)
+
+
+def _inputs(options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    reference = read_image(options.reference, "reference")
+    reference_mask = None
+    if options.reference_mask:
+        reference_mask = read_mask(options.reference_mask, "reference mask")
+    elif reference.alpha is not None and (reference.alpha < 128).any():  # a cut-out product shot
+        reference_mask = torch.from_numpy(reference.alpha > 127).float()
+    return read_mask(options.mask), reference.rgb, reference_mask
+
+
+def _settings(options):
+    from .pipeline import Settings
+    from .postprocessing import CleaningSettings
+
+    return Settings(
+        single_stage=options.single_stage,
+        on_flat=options.on_flat,
+        one_crop=options.one_crop,
+        layer=options.layer,
+        timestep=options.timestep,
+        noise_level=options.noise_level,
+        cleaning=CleaningSettings(threshold=options.threshold),
+        steps=options.steps,
+        guidance=options.guidance,
+        scheduler=options.scheduler,
+        context=options.context,
+        feather=options.feather,
+        colour_match=not options.no_colour_match,
+    )
+
+
+def _load(options):
+    from .model import RefineByAlign
+
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.dtype]
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError("device", f"{device!r} is not available here", "use cpu, cuda, cuda:N or mps") from error
+    return RefineByAlign.load(options.model, device=device, dtype=dtype)
+
+
+class _bar:
+    """A progress bar for the pipeline's `progress`, shown once two seconds have passed."""
+
+    def __init__(self, label: str):
+        self.label = label
+
+    def __enter__(self):
+        self.bar = tqdm(desc=self.label, unit="step", delay=2)
+
+        def progress(done: int, total: int) -> None:
+            self.bar.total = total
+            self.bar.update(done - self.bar.n)
+
+        return progress
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="rba", description="Refine-by-Align: put right what an image generator got wrong, from a reference photo.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--model", default="rba-tiny", help="a shipped model's name or a model folder (default: %(default)s)")
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    model.add_argument("--dtype", default="fp32", choices=["fp32", "fp16", "bf16"], help="precision (default: %(default)s)")
+    model.add_argument("--seed", type=int, default=0, help="same seed, same result (default: %(default)s)")
+
+    inputs = argparse.ArgumentParser(add_help=False)
+    inputs.add_argument("image", metavar="IMAGE", help="the generated image with the artifact")
+    inputs.add_argument("mask", metavar="MASK", help="white over the artifact, same size as IMAGE")
+    inputs.add_argument("reference", metavar="REFERENCE", help="a good photo of the object, any size")
+    inputs.add_argument("--reference-mask", metavar="M", help="white over the object in REFERENCE (default: its alpha, else the whole picture)")
+    inputs.add_argument("--layer", type=int, help="cross-attention layer to align with, 0-15 by execution (default: the model's, 9)")
+    noise = inputs.add_mutually_exclusive_group()
+    noise.add_argument("--timestep", type=int, help="noise at alignment as a step of 50, 0 = the noisiest (default: the model's, 0)")
+    noise.add_argument("--noise-level", type=float, metavar="S", help="noise at alignment as its standard deviation, 0-1")
+    inputs.add_argument("--threshold", type=float, default=0.4, help="share of the map's peak that belongs to M* (default: %(default)s)")
+
+    command = commands.add_parser("refine", parents=[inputs, model], help="redraw the masked part from the matching part of the reference")
+    command.add_argument("-o", "--output", required=True, metavar="OUT", help="PNG, WebP (lossless), TIFF or BMP")
+    command.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    command.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance, 1 = off (default: the model's)")
+    command.add_argument("--scheduler", choices=["ddim", "ddpm", "dpm++", "unipc", "euler"], help="default: the model's")
+    command.add_argument("--single-stage", action="store_true", help="no alignment: the whole reference guides (the paper's ablation)")
+    command.add_argument("--on-flat", choices=["error", "single-stage"], default="error", help="what to do where alignment finds nothing (default: %(default)s)")
+    command.add_argument("--one-crop", action="store_true", help="redraw several artifacts in one crop, not one by one")
+    command.add_argument("--context", type=float, help="side of the crop in sides of the mask (default: the model's)")
+    command.add_argument("--feather", type=float, default=3.0, help="blend width inside the mask, pixels (default: %(default)s)")
+    command.add_argument("--no-colour-match", action="store_true", help="do not match the tone of the surround")
+    command.add_argument("--save-correspondence", metavar="FILE", help="write M* (at the reference's size)")
+    command.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    command.set_defaults(command=refine)
+
+    command = commands.add_parser("align", parents=[inputs, model], help="find the region of the reference that corresponds to the mask")
+    command.add_argument("-o", "--output", required=True, metavar="MASK_OUT", help="M*, 8-bit, at the size of REFERENCE")
+    command.add_argument("--raw", metavar="FILE", help="also write the unprocessed map, scaled to its peak")
+    command.add_argument("--overlay", metavar="FILE", help="also write the reference with M* marked on it")
+    command.set_defaults(command=align)
+
+    command = commands.add_parser("demo", parents=[model], help="refine the sample that comes with the package")
+    command.add_argument("-o", "--output", default="rba-demo", metavar="DIR", help="where the pictures go (default: %(default)s)")
+    command.set_defaults(command=demo)
+
+    command = commands.add_parser("bench", parents=[model], help="measure methods on a benchmark folder")
+    command.add_argument("set", metavar="SET", help="folder with index.jsonl")
+    command.add_argument("--methods", default="none,telea,single-stage,refine", help="comma-separated (default: %(default)s)")
+    command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
+    command.add_argument("--json", metavar="FILE", help="write all figures")
+    command.add_argument("--sheet", metavar="FILE", help="write a contact sheet")
+    command.set_defaults(command=bench)
+
+    command = commands.add_parser("make-set", help="write a synthetic benchmark set, held out from training by its seeds")
+    command.add_argument("folder", metavar="DIR")
+    command.add_argument("--n", type=int, default=200, help="items (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    command.set_defaults(command=make_set)
+
+    command = commands.add_parser("train", help="train a model: encoder, autoencoder, then U-Net and MLP; resumes where it stopped")
+    command.add_argument("--config", default=str(Path(__file__).parent / "configs" / "train-rba-tiny.toml"), help="TOML (default: the shipped model's)")
+    command.add_argument("-o", "--output", default="training", metavar="DIR", help="checkpoints and the model folder go here (default: %(default)s)")
+    command.add_argument("--photos", metavar="DIR", help="photos to use as textures beside the procedural ones")
+    command.add_argument("--legs", help="comma-separated: encoder,autoencoder,refiner (default: all)")
+    command.set_defaults(command=train)
+    return top
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Procedural products with known correspondence: what the embedded model learns from and is tested on."""

@@ -1,0 +1,257 @@
+"""Two views of one procedural product with exact correspondence (training triples of Sec. 3.4).
+
+All maps are explicit. The image crop is rendered through ``crop -> uv`` (a homography and a smooth bend),
+the reference through ``reference -> uv`` (a homography, hence invertible), so that
+
+    flow = (uv -> reference) o (crop -> uv)
+
+gives, for each point of the crop, where the same physical point stands in the reference. Coordinates are
+``(x, y)`` in ``[-1, 1]`` over the pixel area (``align_corners=False``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .textures import background_texture, product_texture
+
+REFERENCE_FILL = 0.5
+
+
+@dataclass
+class Scenes:
+    """A batch of training triples.
+
+    image           `[B, 3, S, S]` in [0, 1], the crop around the artifact as it should be
+    mask            `[B, 1, S, S]` in {0, 1}, M_a
+    reference       `[B, 3, R, R]` in [0, 1], I_r segmented and cropped, filled with grey outside
+    flow            `[B, S/4, S/4, 2]`, crop -> reference, [-1, 1]
+    visible         `[B, 1, S/4, S/4]` in {0, 1}, points that the flow can speak of
+    """
+
+    image: Tensor
+    mask: Tensor
+    reference: Tensor
+    flow: Tensor
+    visible: Tensor
+
+
+class TextureBank:
+    """A pool of textures, of which a few are drawn anew at each step. Seeded, hence repeatable."""
+
+    def __init__(self, count: int, size: int, seed: int, photos=(), progress=lambda items: items):
+        self.size, self.photos = size, photos
+        self.rng = np.random.default_rng(seed)
+        self.products = torch.empty(count, 4, size, size, dtype=torch.uint8)
+        self.backgrounds = torch.empty(max(1, count // 4), 3, size // 2, size // 2, dtype=torch.uint8)
+        for index in progress(range(count)):
+            self._draw_product(index)
+        for index in range(len(self.backgrounds)):
+            self._draw_background(index)
+
+    def _draw_product(self, index: int) -> None:
+        self.products[index] = torch.from_numpy(product_texture(self.rng, self.size, self.photos).copy()).permute(2, 0, 1)
+
+    def _draw_background(self, index: int) -> None:
+        picture = background_texture(self.rng, self.backgrounds.shape[-1], self.photos)
+        self.backgrounds[index] = torch.from_numpy(picture.copy()).permute(2, 0, 1)
+
+    def refresh(self, count: int) -> None:
+        for index in self.rng.integers(len(self.products), size=count):
+            self._draw_product(int(index))
+
+
+class SceneSampler:
+    """Draws `Scenes` from a texture bank.
+
+    mode "alignment": the reference is the whole object; "refinement": only the region of M_a, cut a
+    little generously, as a region found by alignment is not exact.
+    """
+
+    def __init__(self, bank: TextureBank, seed: int, image_size: int = 256, reference_size: int = 224):
+        self.bank, self.image_size, self.reference_size = bank, image_size, reference_size
+        self.disparity = 1.0  # of pose and light between the views, in shares of the full range
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=self.generator)
+
+    def around_zero(self, spread: float, *shape: int) -> Tensor:
+        return self.uniform(-spread, spread, *shape) * self.disparity
+
+    def chance(self, probability: float, count: int) -> Tensor:
+        return torch.rand(count, generator=self.generator) < probability
+
+    def sample(self, batch: int, mode: str) -> Scenes:
+        index = torch.randint(len(self.bank.products), (batch,), generator=self.generator)
+        texture = self.bank.products[index].float() / 255
+        anchor = self._anchor(texture)
+
+        context = self.uniform(2.0, 5.0, batch) if mode == "alignment" else self.uniform(1.5, 2.6, batch)
+        extent = 0.1 * (4.5 ** self.uniform(0, 1, batch))  # of the mask's half side, in uv
+        offset = self.uniform(-0.15, 0.15, batch, 2)
+
+        points = grid(self.image_size, batch)
+        uv = self._crop_to_uv(points, anchor, extent * context, offset)
+        sampled = F.grid_sample(texture, uv, align_corners=False)
+        alpha = sampled[:, 3:]
+        mask = self._free_form(points, offset, 1 / context) * (alpha > 0.5)
+        image = sampled[:, :3] * alpha + self._background(batch) * (1 - alpha)
+
+        coarse = grid(self.image_size // 4, batch)
+        coarse_uv = F.interpolate(uv.movedim(-1, 1), coarse.shape[1:3], mode="bilinear", antialias=True).movedim(1, -1)
+        coarse_mask = F.interpolate(mask, coarse.shape[1:3], mode="area")[:, 0]
+        uv_to_reference = self._uv_to_reference(texture[:, 3:])
+        if mode == "refinement":
+            inside = coarse_mask > 0.3
+            margin = self.uniform(1.0, 1.5, batch)
+            uv_to_reference = fit_to_frame(uv_to_reference, coarse_uv.flatten(1, 2), inside.flatten(1), margin)
+        flow = transform(uv_to_reference, coarse_uv)
+
+        reference_uv = transform(torch.linalg.inv(uv_to_reference), grid(self.reference_size, batch))
+        sampled = F.grid_sample(texture, reference_uv, align_corners=False)
+        segment = (sampled[:, 3:] > 0.5).float()
+        if mode == "refinement":
+            segment = segment * self._region(flow, inside)
+        reference = self._photometric(sampled[:, :3])
+        reference = reference * segment + REFERENCE_FILL * (1 - segment)
+        image = self._soften(self._photometric(image))
+
+        on_reference = (flow.abs() < 1).all(-1)
+        in_segment = F.grid_sample(segment, flow, mode="nearest", align_corners=False)[:, 0] > 0.5
+        on_object = F.interpolate(alpha, coarse.shape[1:3], mode="area")[:, 0] > 0.5
+        visible = (on_reference & in_segment & on_object).float()[:, None]
+        return Scenes(image, mask, reference, flow, visible)
+
+    def _anchor(self, texture: Tensor) -> Tensor:
+        """A point well inside the object, mostly where there is something to get wrong: uv `[B, 2]`."""
+        small = F.interpolate(texture, (24, 24), mode="area")
+        inner = (-F.max_pool2d(-small[:, 3:], 3, 1, 1) > 0.9).float()
+        detail = F.max_pool2d(small[:, :3], 3, 1, 1) + F.max_pool2d(-small[:, :3], 3, 1, 1)
+        weight = inner * (0.05 + detail.amax(1, keepdim=True)) + 1e-6 * small[:, 3:] + 1e-9
+        cell = torch.multinomial(weight.flatten(1), 1, generator=self.generator)[:, 0]
+        centre = torch.stack([cell % 24, cell // 24], -1)
+        return (centre + self.uniform(0, 1, len(cell), 2)) / 12 - 1
+
+    def _crop_to_uv(self, points: Tensor, anchor: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        batch = len(points)
+        angle = torch.randn(batch, generator=self.generator) * 0.3 * self.disparity
+        stretch = torch.exp(self.around_zero(0.25, batch))
+        linear = rotation(angle) * torch.stack([scale * stretch, scale / stretch], -1)[:, None]
+        centred = points - offset[:, None, None]
+        tilt = self.around_zero(0.15, batch, 2)
+        depth = 1 + (centred * tilt[:, None, None]).sum(-1, keepdim=True)
+        uv = torch.einsum("bij,bhwj->bhwi", linear, centred / depth) + anchor[:, None, None]
+        # cloth, cylinders and other bends: a smooth field added to the flat map
+        phase = self.uniform(0, 6.28, batch, 1, 1, 2)
+        frequency = self.uniform(1.0, 3.0, batch, 1, 1, 2)
+        strength = self.uniform(0, 0.08, batch, 1, 1, 1) * self.disparity * scale[:, None, None, None]
+        return uv + strength * torch.sin(frequency * centred.flip(-1) + phase)
+
+    def _free_form(self, points: Tensor, centre: Tensor, half_side: Tensor) -> Tensor:
+        """The mask generator G: star-shaped blobs of Fourier radius, some of them elongated."""
+        batch = len(points)
+        local = torch.einsum("bij,bhwj->bhwi", rotation(self.uniform(0, 6.28, batch)), points - centre[:, None, None])
+        local = local / half_side[:, None, None, None]
+        flat = torch.where(self.chance(0.5, batch), self.uniform(0.35, 0.7, batch), self.uniform(0.7, 1.0, batch))
+        local = local / torch.stack([torch.ones(batch), flat], -1)[:, None, None]
+        angle = torch.atan2(local[..., 1], local[..., 0])
+        radius = torch.full_like(angle, 0.85)
+        for order in range(2, 8):
+            amplitude, phase = self.uniform(-0.25, 0.25, batch) / order**0.7, self.uniform(0, 6.28, batch)
+            radius = radius + amplitude[:, None, None] * torch.cos(order * angle + phase[:, None, None])
+        return (local.norm(dim=-1) < radius).float()[:, None]
+
+    def _uv_to_reference(self, alpha: Tensor) -> Tensor:
+        batch = len(alpha)
+        stretch = torch.exp(self.around_zero(0.25, batch))
+        linear = rotation(torch.randn(batch, generator=self.generator) * 0.2 * self.disparity) * torch.stack([stretch, 1 / stretch], -1)[:, None]
+        homography = torch.eye(3).repeat(batch, 1, 1)
+        homography[:, :2, :2] = linear
+        homography[:, 2, :2] = self.around_zero(0.15, batch, 2)
+        occupied = F.interpolate(alpha, (32, 32), mode="area").flatten(1) > 0.5
+        return fit_to_frame(homography, grid(32, batch).flatten(1, 2), occupied, torch.ones(batch))
+
+    def _region(self, flow: Tensor, inside: Tensor) -> Tensor:
+        """M_a carried to the reference and cut generously: `[B, 1, R, R]` in {0, 1}."""
+        batch, cells = len(flow), 24
+        column, row = ((flow[..., axis] * 0.5 + 0.5) * cells for axis in (0, 1))
+        valid = inside & (flow.abs() < 1).all(-1)
+        cell = (row.long().clamp(0, cells - 1) * cells + column.long().clamp(0, cells - 1)).flatten(1)
+        counts = torch.zeros(batch, cells * cells).scatter_add_(1, cell, valid.float().flatten(1))
+        region = F.max_pool2d((counts > 0).float().view(batch, 1, cells, cells), 3, 1, 1)
+        wide = F.max_pool2d(region, 7, 1, 3)
+        region = torch.where(self.chance(0.5, batch)[:, None, None, None], wide, region)
+        return (F.interpolate(region, (self.reference_size,) * 2, mode="bilinear") > 0.5).float()
+
+    def _background(self, batch: int) -> Tensor:
+        index = torch.randint(len(self.bank.backgrounds), (batch,), generator=self.generator)
+        picture = self.bank.backgrounds[index].float() / 255
+        shift, zoom = self.uniform(-0.5, 0.5, batch, 1, 1, 2), self.uniform(0.3, 0.8, batch, 1, 1, 1)
+        return F.grid_sample(picture, grid(self.image_size, batch) * zoom + shift, padding_mode="reflection", align_corners=False)
+
+    def _photometric(self, picture: Tensor) -> Tensor:
+        """The colour perturbation S: exposure, white balance, gamma, shading, a highlight."""
+        batch, size = len(picture), picture.shape[-1]
+        gamma = torch.exp(self.around_zero(0.35, batch, 1, 1, 1))
+        gain = torch.exp(self.around_zero(0.25, batch, 1, 1, 1) + self.around_zero(0.08, batch, 3, 1, 1))
+        slope = self.around_zero(0.25, batch, 1, 1, 2)
+        points = grid(size, batch)
+        shading = 1 + (points * slope).sum(-1)[:, None]
+        picture = picture.clamp(1e-4, 1) ** gamma * gain * shading
+        spot = self.uniform(-1, 1, batch, 1, 1, 2)
+        width = self.uniform(0.1, 0.5, batch, 1, 1)
+        light = torch.exp(-(((points - spot) ** 2).sum(-1)) / width**2)[:, None]
+        strength = self.uniform(0, 0.5, batch, 1, 1, 1) * self.disparity * self.chance(0.3, batch)[:, None, None, None]
+        return (picture + strength * light).clamp(0, 1)
+
+    def _soften(self, picture: Tensor) -> Tensor:
+        """Small objects are zoomed in from few pixels: lower the resolution of some, add sensor noise."""
+        size = picture.shape[-1]
+        levels = torch.randint(0, 4, (len(picture),), generator=self.generator)
+        softened = picture
+        for level, side in ((1, size * 5 // 8), (2, size * 7 // 16)):
+            low = F.interpolate(picture, (side, side), mode="bilinear", antialias=True)
+            low = F.interpolate(low, (size, size), mode="bicubic")
+            softened = torch.where((levels == level)[:, None, None, None], low, softened)
+        sigma = self.uniform(0, 0.03, len(picture), 1, 1, 1)
+        return (softened + sigma * torch.randn(picture.shape, generator=self.generator)).clamp(0, 1)
+
+
+def grid(size: int, batch: int) -> Tensor:
+    """Centres of the pixels of a square picture, `[B, size, size, 2]` in [-1, 1]."""
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([x, y], -1).expand(batch, size, size, 2)
+
+
+def rotation(angle: Tensor) -> Tensor:
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    return torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
+
+
+def transform(homography: Tensor, points: Tensor) -> Tensor:
+    """Apply `[B, 3, 3]` to `[B, H, W, 2]` or `[B, N, 2]`."""
+    matrix = homography[:, None, None] if points.ndim == 4 else homography[:, None]
+    mapped = (matrix[..., :2] @ points[..., None])[..., 0] + matrix[..., 2]
+    return mapped[..., :2] / mapped[..., 2:].clamp(min=0.1)
+
+
+def fit_to_frame(homography: Tensor, points: Tensor, used: Tensor, margin: Tensor) -> Tensor:
+    """Shift and scale the target so that the `used` points fill the frame's larger side, times 1/margin."""
+    mapped = transform(homography, points)
+    low = mapped.masked_fill(~used[..., None], 1e3).amin(1)
+    high = mapped.masked_fill(~used[..., None], -1e3).amax(1)
+    empty = ~used.any(1)
+    low[empty], high[empty] = -1.0, 1.0
+    half = ((high - low).amax(-1) / 2).clamp(min=0.02) * margin
+    centre = (low + high) / 2
+    fit = torch.eye(3).repeat(len(points), 1, 1)
+    fit[:, 0, 0] = fit[:, 1, 1] = 1 / half
+    fit[:, :2, 2] = -centre / half[:, None]
+    return fit @ homography

@@ -1,0 +1,240 @@
+"""The refinement network R: autoencoder, U-Net, DINOv2, MLP and noise schedule, for every size of model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Dinov2Config, Dinov2Model
+
+from .errors import InputError
+
+CONFIGS = Path(__file__).parent / "configs"
+PRETRAINED = Path(__file__).parent / "pretrained"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model needs to know beyond the configs of its parts.
+
+    image_size          side of the zoom-in crop, pixels
+    context_features    channels that the U-Net sees of the crop's own encoder tokens (masked part blank);
+                        0 = the paper's input. A small U-Net finds its place in the reference faster with them
+    encoder_stem        channels of a convolutional patch embedding in phi; 0 = DINOv2's own
+    reference_fill      grey level around a segmented reference, 0 to 1
+    alignment_*         layer l and timestep t of Eq. 5, and the crop's side in sides of the mask
+    context             the same for the refinement's crop
+    steps, guidance, scheduler    the sampler's defaults
+    """
+
+    image_size: int = 512
+    context_features: int = 0
+    encoder_stem: int = 0
+    reference_fill: float = 0.5
+    alignment_layer: int = 9
+    alignment_timestep: int = 0
+    alignment_context: float = 3.0
+    context: float = 2.0
+    steps: int = 8
+    guidance: float = 2.0
+    scheduler: str = "ddim"
+
+
+def imagenet_normalised(pictures: Tensor) -> Tensor:
+    """`[B, 3, H, W]` in [0, 1] -> zero mean, unit variance over ImageNet, as DINOv2 expects."""
+    mean, std = (pictures.new_tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pictures - mean) / std
+
+
+class ConvolutionalPatches(nn.Sequential):
+    """Patch embedding of two convolutions in place of DINOv2's one: a transformer trained briefly learns much
+    faster from them (Xiao et al. 2021)."""
+
+    def __init__(self, channels: int, hidden: int, patch: int):
+        super().__init__(nn.Conv2d(3, channels, 7, stride=2, padding=3), nn.GELU(), nn.Conv2d(channels, hidden, patch // 2, stride=patch // 2))
+
+    @property
+    def weight(self) -> Tensor:
+        """Where `Dinov2Model` looks up its dtype."""
+        return self[0].weight
+
+
+def build_encoder(config: Dinov2Config, stem: int) -> Dinov2Model:
+    encoder = Dinov2Model(config)
+    if stem:
+        encoder.embeddings.patch_embeddings.projection = ConvolutionalPatches(stem, config.hidden_size, config.patch_size)
+    return encoder
+
+
+class RefineByAlign(nn.Module):
+    """Holds the parts; the steps of the method are functions over it.
+
+    vae         `AutoencoderKL`
+    unet        `UNet2DConditionModel` with 16 cross-attention layers in SD topology; input channels
+                [z_t, M_a, masked latents, context features]
+    encoder     `Dinov2Model`, phi
+    projector   the MLP: tokens -> context of the U-Net
+    scheduler   noise schedule
+    """
+
+    def __init__(self, config: ModelConfig, vae: AutoencoderKL, unet: UNet2DConditionModel, encoder: Dinov2Model, scheduler: DDIMScheduler):
+        super().__init__()
+        self.config = config
+        self.vae, self.unet, self.encoder, self.scheduler = vae, unet, encoder, scheduler
+        width, context = encoder.config.hidden_size, unet.config.cross_attention_dim
+        self.projector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, context), nn.GELU(), nn.Linear(context, context))
+        self.context_projector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.context_features)) if config.context_features else None
+        expected = 2 * vae.config.latent_channels + 1 + config.context_features
+        if unet.config.in_channels != expected:
+            raise InputError("unet config", f"has {unet.config.in_channels} input channels", f"this model's parts need {expected}")
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def stride(self) -> int:
+        """Pixels a latent cell covers along a side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def encoder_size(self) -> int:
+        """Side of the encoder's input, pixels: 224, 16 x 16 patches of 14."""
+        return 16 * self.encoder.config.patch_size
+
+    def tokens(self, pictures: Tensor) -> Tensor:
+        """phi: `[B, 3, 224, 224]` in [0, 1] -> `[B, 256, hidden]`, class token dropped."""
+        return self.encoder(imagenet_normalised(pictures.to(self.device, self.dtype))).last_hidden_state[:, 1:]
+
+    def embed(self, pictures: Tensor) -> Tensor:
+        """Eq. 3, E = MLP(phi(I_r)): `[B, 3, 224, 224]` -> `[B, 256, C]`."""
+        return self.projector(self.tokens(pictures))
+
+    def encode_image(self, pictures: Tensor) -> Tensor:
+        """`[B, 3, S, S]` in [0, 1] -> scaled latents `[B, c, S / stride, S / stride]` (the mode, no sampling)."""
+        pictures = pictures.to(self.device, self.dtype) * 2 - 1
+        return self.vae.encode(pictures).latent_dist.mode() * self.vae.config.scaling_factor
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """The way back: `[B, 3, S, S]` in [0, 1], float32."""
+        return (self.vae.decode(latents / self.vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def inpainting_condition(self, pictures: Tensor, masks: Tensor) -> Tensor:
+        """What the U-Net knows of the crop: `[B, 1 + c + f, h, w]`, M_a, latents of the picture without what
+        M_a covers, and context features of the same."""
+        pictures, masks = pictures.to(self.device, self.dtype), masks.to(self.device, self.dtype)
+        blanked = pictures * (1 - masks) + 0.5 * masks
+        latents = self.encode_image(blanked)
+        channels = [F.adaptive_max_pool2d(masks, latents.shape[-2:]), latents]
+        if self.context_projector is not None:
+            view = F.interpolate(blanked, (self.encoder_size,) * 2, mode="bilinear", antialias=True)
+            features = self.context_projector(self.tokens(view))
+            side = round(features.shape[1] ** 0.5)
+            features = features.mT.unflatten(-1, (side, side))
+            channels.append(F.interpolate(features, latents.shape[-2:], mode="bilinear"))
+        return torch.cat(channels, 1)
+
+    def unet_input(self, noisy: Tensor, condition: Tensor) -> Tensor:
+        return torch.cat([noisy.to(condition), condition], 1)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, step: Tensor) -> Tensor:
+        return self.scheduler.add_noise(latents, noise, step)
+
+    def noise_step(self, timestep: int, noise_level: float | None = None) -> Tensor:
+        """The training step `[1]` of t (of 50 sampler steps, 0 = the noisiest), or nearest to a noise level
+        sqrt(1 - alpha_bar) in 0 to 1."""
+        from .alignment import SAMPLER_STEPS
+
+        if noise_level is not None:
+            if not 0 <= noise_level <= 1:
+                raise InputError("noise level", f"is {noise_level:g}", "use 0 (the image as it is) to 1 (pure noise)")
+            levels = (1 - self.scheduler.alphas_cumprod).sqrt()
+            return (levels - noise_level).abs().argmin()[None]
+        if not 0 <= timestep < SAMPLER_STEPS:
+            raise InputError("timestep", f"is {timestep}", f"use 0 (the noisiest) to {SAMPLER_STEPS - 1}")
+        sampler = DDIMScheduler.from_config(self.scheduler.config)
+        sampler.set_timesteps(SAMPLER_STEPS)
+        return sampler.timesteps[timestep][None]
+
+    @classmethod
+    def from_config(cls, name: str) -> RefineByAlign:
+        """A model with random weights from a config in `configs/`: "rba-tiny" or "sd1x"."""
+        path = CONFIGS / f"{name}.json"
+        if not path.exists():
+            raise InputError("model config", f"{name!r} is not known", f"use one of {', '.join(sorted(p.stem for p in CONFIGS.glob('*.json')))}")
+        parts = json.loads(path.read_text())
+        config = ModelConfig(**parts["model"])
+        return cls(
+            config,
+            AutoencoderKL(**parts["vae"]),
+            UNet2DConditionModel(**parts["unet"]),
+            build_encoder(Dinov2Config(**parts["encoder"]), config.encoder_stem),
+            DDIMScheduler(**parts["scheduler"]),
+        ).eval()
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder of safetensors and JSON, each part in its library's own layout; whole or not at all."""
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            (partial / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+            for part in ("vae", "unet", "encoder", "scheduler"):
+                getattr(self, part).save_pretrained(partial / part)
+            save_file({k: v.contiguous() for k, v in self._mlp_state().items()}, partial / "projector.safetensors")
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _mlp_state(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.state_dict().items() if k.startswith(("projector.", "context_projector."))}
+
+    @classmethod
+    def load(cls, source: str | Path = "rba-tiny", *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> RefineByAlign:
+        """Read a folder written by `save`, or a pretrained model by its name."""
+        folder = PRETRAINED / source if (PRETRAINED / source).is_dir() else Path(source)
+        if not (folder / "config.json").is_file():
+            known = ", ".join(sorted(p.parent.name for p in PRETRAINED.glob("*/config.json")))
+            raise InputError("model", f"{str(source)!r} is neither a model folder nor a shipped model", f"give a folder with config.json, or one of: {known}")
+        try:
+            settings = json.loads((folder / "config.json").read_text())
+            known = {f.name for f in fields(ModelConfig)}
+            if unknown := set(settings) - known:
+                raise InputError("model", f"{folder / 'config.json'} has unknown keys {sorted(unknown)}", "use a folder written by this version or a newer pack")
+            config = ModelConfig(**settings)
+            encoder = build_encoder(Dinov2Config.from_pretrained(folder / "encoder", local_files_only=True), config.encoder_stem)
+            encoder.load_state_dict(load_file(folder / "encoder" / "model.safetensors"))
+            model = cls(
+                config,
+                AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True, torch_dtype=torch.float32),
+                UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True, torch_dtype=torch.float32),
+                encoder,
+                DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True),
+            )
+            mlp = load_file(folder / "projector.safetensors")
+            if mismatch := set(mlp) ^ set(model._mlp_state()):
+                raise InputError("model", f"{folder / 'projector.safetensors'} has other keys ({sorted(mismatch)[0]} …)", "use the projector saved with this model")
+            model.load_state_dict(mlp, strict=False)
+        except InputError:
+            raise
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError("model", f"{folder} cannot be read ({reason})", "copy the folder again: a file is missing, cut short or of another model") from error
+        return model.to(device, dtype).eval()

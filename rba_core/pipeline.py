@@ -1,0 +1,141 @@
+"""Refine-by-Align in one function: encode, align, clean, crop, refine, stitch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from .alignment import align
+from .errors import InputError
+from .model import RefineByAlign
+from .postprocessing import CleaningSettings, MatchedRegion, clean
+from .reference_encoding import EncodedReference, encode_reference
+from .refinement import Progress, refine
+from .stitch import stitch
+from .zoom_crop import separate, zoom_crop
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a user may turn; `None` takes the model's own default.
+
+    single_stage       no alignment: the whole reference guides the refinement (the paper's ablation)
+    on_flat            where alignment finds nothing: "error", or "single-stage" for that artifact
+    one_crop           several artifacts in one mask are redrawn in one crop, not one by one
+    layer, timestep, noise_level    see `align`
+    steps, guidance, scheduler      see `refine`
+    alignment_context, context      sides of the two zoom-in crops, in sides of the mask
+    region_margin      how much M* is grown before it is cut out, in shares of its longer side
+    feather, colour_match           see `stitch`
+    """
+
+    single_stage: bool = False
+    on_flat: str = "error"
+    one_crop: bool = False
+    layer: int | None = None
+    timestep: int | None = None
+    noise_level: float | None = None
+    cleaning: CleaningSettings = field(default_factory=CleaningSettings)
+    alignment_context: float | None = None
+    region_margin: float = 0.12
+    steps: int | None = None
+    guidance: float | None = None
+    scheduler: str | None = None
+    context: float | None = None
+    feather: float = 3.0
+    colour_match: bool = True
+
+
+@dataclass(frozen=True)
+class Refined:
+    """image `[3, H, W]`; regions, one M* an artifact, `None` where the whole reference was used."""
+
+    image: Tensor
+    regions: list[MatchedRegion | None]
+
+
+def refine_by_align(
+    model: RefineByAlign,
+    image: Tensor,
+    mask: Tensor,
+    reference: Tensor,
+    reference_mask: Tensor | None = None,
+    *,
+    settings: Settings = Settings(),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Refined:
+    """Redraw what `mask` covers in `image` from the corresponding part of `reference`.
+
+    image, reference        `[3, H, W]` in [0, 1], each of its own size
+    mask, reference_mask    `[H, W]`, above 0.5 = the artifact, the object; no reference mask = the whole picture
+
+    Outside the mask the result equals the image bit for bit. The same seed gives the same result.
+    """
+    check_inputs(image, mask, reference, reference_mask)
+    if reference_mask is None:
+        reference_mask = torch.ones(reference.shape[-2:])
+    whole = encode_reference(model, reference, reference_mask)
+    artifacts = [mask] if settings.one_crop else separate(mask)
+    result, regions = image, []
+    for index, artifact in enumerate(artifacts):
+        guide, region = whole, None
+        if not settings.single_stage:
+            region = find_region(model, result, artifact, whole, settings, seed)
+        if region is not None:
+            guide = encode_reference(model, reference, grow(region, settings.region_margin) * whole.mask)
+        crop = zoom_crop(result, artifact, model.config.image_size, context=settings.context or model.config.context, multiple=model.stride)
+        redrawn = refine(
+            model, crop, guide, steps=settings.steps, guidance=settings.guidance, scheduler=settings.scheduler, seed=seed,
+            progress=progress and (lambda done, total, index=index: progress(index * total + done, len(artifacts) * total)),
+        )
+        result = stitch(result, artifact, redrawn, crop.box, feather=settings.feather, colour_match=settings.colour_match)
+        regions.append(region)
+    return Refined(result, regions)
+
+
+def find_region(model: RefineByAlign, image: Tensor, mask: Tensor, whole: EncodedReference, settings: Settings, seed: int) -> MatchedRegion | None:
+    """Align and clean: M* of one artifact, or `None` where the map says nothing and `on_flat` allows it."""
+    context = settings.alignment_context or model.config.alignment_context
+    crop = zoom_crop(image, mask, model.config.image_size, context=context, multiple=model.stride)
+    raw = align(model, crop, whole, layer=settings.layer, timestep=settings.timestep, noise_level=settings.noise_level, seed=seed)
+    try:
+        return clean(raw, whole, settings.cleaning)
+    except InputError:
+        if settings.on_flat == "error":
+            raise
+        return None
+
+
+def grow(region: MatchedRegion, margin: float) -> Tensor:
+    """M* widened by `margin` of its box's longer side: alignment is no finer than a token."""
+    reach = margin * max(region.box.width, region.box.height)
+    near = ndimage.distance_transform_edt(region.mask.numpy() < 0.5) <= reach
+    return torch.from_numpy(near).float()
+
+
+def check_inputs(image: Tensor, mask: Tensor, reference: Tensor, reference_mask: Tensor | None) -> None:
+    for name, picture in (("image", image), ("reference", reference)):
+        if picture.ndim != 3 or picture.shape[0] != 3:
+            raise InputError(name, f"has shape {tuple(picture.shape)}", "give RGB as [3, H, W]")
+        if min(picture.shape[-2:]) < 16:
+            raise InputError(name, f"is only {picture.shape[-1]} x {picture.shape[-2]} pixels", "give a picture of at least 16 x 16")
+        if not torch.isfinite(picture).all():
+            raise InputError(name, "holds NaN or infinite values", "check the node or file that made it")
+        if picture.amin() < 0 or picture.amax() > 1:
+            raise InputError(name, f"has values from {picture.amin():.3g} to {picture.amax():.3g}", "scale it to 0..1")
+    for name, selection, owner, picture in (("mask", mask, "image", image), ("reference mask", reference_mask, "reference", reference)):
+        if selection is None:
+            continue
+        if not torch.isfinite(selection).all():
+            raise InputError(name, "holds NaN or infinite values", "check the node or file that made it")
+        if selection.shape != picture.shape[-2:]:
+            sizes = " x ".join(map(str, reversed(selection.shape))), " x ".join(map(str, reversed(picture.shape[-2:])))
+            raise InputError(name, f"is {sizes[0]}, its {owner} {sizes[1]}", f"give a mask of the {owner}'s size")
+        if not (selection > 0.5).any():
+            raise InputError(name, "is empty", "paint over at least one pixel (white = selected)")
+    if (mask > 0.5).all():
+        raise InputError("mask", "covers the whole image", "leave some surroundings unpainted: they tell where the part belongs")

@@ -1,0 +1,83 @@
+"""Refinement (Sec. 3.4): inpaint the zoomed crop, guided by the matched region of the reference."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import InputError
+from .reference_encoding import EncodedReference
+from .zoom_crop import ZoomCrop
+
+SCHEDULERS = {
+    "ddim": diffusers.DDIMScheduler,
+    "ddpm": diffusers.DDPMScheduler,
+    "dpm++": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+}
+
+Progress = Callable[[int, int], None]
+"""Called after each step with (steps done, steps in all). Raising from it cancels."""
+
+
+def make_scheduler(model, name: str):
+    if name not in SCHEDULERS:
+        raise InputError("scheduler", f"{name!r} is not known", f"use one of {', '.join(SCHEDULERS)}")
+    return SCHEDULERS[name].from_config(model.scheduler.config)
+
+
+@torch.no_grad()
+def refine(
+    model,
+    crop: ZoomCrop,
+    reference: EncodedReference,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    scheduler: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Redraw what `crop.mask` covers: `[3, S, S]` in [0, 1].
+
+    guidance   classifier-free guidance against the dropped embedding; 1 = off
+
+    The known region is imposed again on the latents after each step, at that step's noise level.
+    """
+    steps = model.config.steps if steps is None else steps
+    guidance = model.config.guidance if guidance is None else guidance
+    if steps < 1:
+        raise InputError("steps", f"is {steps}", "use 1 or more")
+    sampler = make_scheduler(model, scheduler or model.config.scheduler)
+    sampler.set_timesteps(steps)
+
+    known = model.encode_image(crop.image[None])
+    hole = F.adaptive_max_pool2d(crop.mask[None, None], known.shape[-2:]).to(known)
+    condition = model.inpainting_condition(crop.image[None], crop.mask[None, None])
+    embedding = reference.embedding
+    if guidance != 1:
+        condition = condition.expand(2, -1, -1, -1)
+        embedding = torch.cat([torch.zeros_like(embedding), embedding])
+
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(known.shape, generator=generator).to(known)
+    latents = noise * sampler.init_noise_sigma
+    for index, timestep in enumerate(sampler.timesteps):
+        scaled = sampler.scale_model_input(latents, timestep)
+        sample = model.unet_input(scaled.expand(len(condition), -1, -1, -1), condition)
+        prediction = model.unet(sample, timestep.to(sample.device), embedding).sample
+        if guidance != 1:
+            dropped, guided = prediction.chunk(2)
+            prediction = dropped + guidance * (guided - dropped)
+        latents = sampler.step(prediction, timestep, latents, return_dict=False)[0]
+        last = index + 1 == len(sampler.timesteps)
+        surround = known if last else sampler.add_noise(known, noise, sampler.timesteps[index + 1 : index + 2])
+        latents = hole * latents + (1 - hole) * surround.to(latents)
+        if progress:
+            progress(index + 1, len(sampler.timesteps))
+    return model.decode_latents(latents)[0]

@@ -1,0 +1,1 @@
+"""Training of a model in three legs: encoder (dense correspondence), autoencoder, U-Net with MLP."""

@@ -1,0 +1,98 @@
+"""Third leg: U-Net and MLP (Sec. 3.4), in alignment and refinement mode with the same weights.
+
+Eq. 2 on the latents, weighted up under the mask, which is all that is kept. A small model seeing few samples
+also gets told where to look: some cross-attention layers are pulled to the known correspondence. The paper
+trains on millions of views and needs no such help; `attention_weight = 0` is its objective.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..alignment import cross_attentions
+from ..data.scenes import Scenes
+from ..model import RefineByAlign
+from .encoder import token_targets
+
+
+@dataclass(frozen=True)
+class RefinerSettings:
+    """drop          share of dropped embeddings (classifier-free guidance)
+    mask_weight      weight of Eq. 2 under the mask, 1 elsewhere
+    attention_weight weight of the correspondence terms; layers: where they apply
+    """
+
+    drop: float = 0.1
+    mask_weight: float = 6.0
+    attention_weight: float = 0.05
+    layers: tuple[int, ...] = (5, 9, 12, 14)
+
+
+class RefinerObjective(nn.Module):
+    def __init__(self, model: RefineByAlign, settings: RefinerSettings = RefinerSettings()):
+        super().__init__()
+        model.vae.requires_grad_(False)
+        model.encoder.requires_grad_(False)
+        self.model, self.settings = model, settings
+        self.hidden: dict[int, Tensor] = {}
+        self.attention_layers = cross_attentions(model.unet)
+        if settings.attention_weight:
+            for layer in settings.layers:
+                self.attention_layers[layer].register_forward_pre_hook(self._keep(layer), with_kwargs=True)
+
+    def _keep(self, layer: int):
+        def hook(attn, args, kwargs):
+            self.hidden[layer] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    def forward(self, scenes: Scenes, mode: str, generator: torch.Generator) -> dict[str, Tensor]:
+        model, settings = self.model, self.settings
+        batch = len(scenes.image)
+        with torch.no_grad():
+            latents = model.encode_image(scenes.image).float()
+        condition = model.inpainting_condition(scenes.image, scenes.mask)
+        kept = (torch.rand(batch, generator=generator) >= settings.drop).to(latents)
+        embedding = model.embed(scenes.reference) * kept[:, None, None]
+
+        last = model.scheduler.config.num_train_timesteps
+        timestep = torch.randint(last, (batch,), generator=generator)
+        if mode == "alignment":  # read at the noisiest steps, so learnt mostly there
+            noisiest = torch.randint(last - last // 10, last, (batch,), generator=generator)
+            timestep = torch.where(torch.rand(batch, generator=generator) < 0.5, noisiest, timestep)
+        noise = torch.randn(latents.shape, generator=generator)
+        noisy = model.add_noise(latents, noise, timestep)
+        target = noise if model.scheduler.config.prediction_type == "epsilon" else model.scheduler.get_velocity(latents, noise, timestep)
+        prediction = model.unet(model.unet_input(noisy, condition), timestep, embedding).sample.float()
+
+        hole = F.adaptive_max_pool2d(scenes.mask, latents.shape[-2:])
+        weight = 1 + (settings.mask_weight - 1) * hole
+        terms = {"denoise": ((prediction - target) ** 2 * weight).sum() / weight.expand_as(target).sum()}
+        if settings.attention_weight:
+            visible = scenes.visible * kept[:, None, None, None]
+            for layer in settings.layers:
+                terms[f"attend{layer}"] = settings.attention_weight * self._attention_loss(layer, scenes, visible, embedding)
+        return terms
+
+    def _attention_loss(self, layer: int, scenes: Scenes, visible: Tensor, embedding: Tensor) -> Tensor:
+        """Cross-entropy of each cell's attention, and of Eq. 5's sum over the mask, to the known flow."""
+        attn, hidden = self.attention_layers[layer], self.hidden.pop(layer)
+        query = attn.to_q(hidden).unflatten(-1, (attn.heads, -1)).transpose(1, 2).float()
+        key = attn.to_k(embedding).unflatten(-1, (attn.heads, -1)).transpose(1, 2).float()
+        attention = (query @ key.mT * attn.scale).softmax(-1).mean(1)
+        side = round(hidden.shape[1] ** 0.5)
+        target = token_targets(scenes.flow, visible, side)
+        cells = -(target * (attention + 1e-6).log()).sum() / target.sum().clamp(min=1)
+
+        mask = F.interpolate(scenes.mask, visible.shape[-2:], mode="area")
+        wanted = token_targets(scenes.flow, visible * mask, 1)[:, 0]
+        present = wanted.sum(-1) > 1e-4
+        wanted = wanted / wanted.sum(-1, keepdim=True).clamp(min=1e-4)
+        weights = F.adaptive_avg_pool2d(scenes.mask, side).flatten(1)
+        summed = torch.einsum("bq,bqn->bn", weights, attention) / weights.sum(1, keepdim=True).clamp(min=1e-6)
+        region = -(wanted * (summed + 1e-6).log()).sum(-1)
+        return cells + (region * present).sum() / present.sum().clamp(min=1)
