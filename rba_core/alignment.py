@@ -100,5 +100,5 @@ def align(
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     noisy = model.add_noise(latents, noise, step)
-    sample = model.unet_input(noisy, model.inpainting_condition(crop.image[None], crop.mask[None, None]))
+    sample = model.unet_input(noisy, model.inpainting_condition(crop.image[None], crop.mask[None, None], seen=crop.image[None]))
     return correspondence(attention_at(model.unet, layer, crop.mask, sample, step.to(sample.device), reference.embedding))

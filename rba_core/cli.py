@@ -14,8 +14,6 @@ from tqdm import tqdm
 from .errors import InputError
 from .imageio import check_output, read_image, read_mask, write_image, write_mask
 
-SAMPLE = Path(__file__).parent / "sample"
-
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
@@ -82,31 +80,41 @@ def align(options) -> None:
     region = clean(raw, whole, CleaningSettings(threshold=options.threshold))
     write_mask(options.output, region.mask)
     if options.overlay:
-        write_image(options.overlay, overlay(reference, region.mask))
+        write_image(options.overlay, overlay(reference, region.soft, region.mask))
     print(f"{options.output}  (box {region.box.x},{region.box.y} {region.box.width} x {region.box.height})")
 
 
 def demo(options) -> None:
     from .demo import run
 
-    run(_load(options), Path(options.output), seed=options.seed)
+    with _bar("refine") as progress:
+        run(_load(options), Path(options.output), seed=options.seed, progress=progress)
 
 
 def bench(options) -> None:
-    from .bench.run import METHODS, format_table, run
-    from .bench.sheet import write_sheet
+    from .bench.run import format_table, run
+    from .bench.sheet import ContactSheet
 
     methods = [name.strip() for name in options.methods.split(",")]
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise InputError("methods", f"{unknown[0]!r} is not known", f"use some of {', '.join(METHODS)}")
     for path in filter(None, (options.json, options.sheet)):
         check_output(path, lossless=path == options.sheet)
-    results = run(options.set, methods, _load(options), limit=options.limit, seed=options.seed)
+    sheet = ContactSheet() if options.sheet else None
+    with _bar("bench", "outcome") as progress:
+        results = run(
+            options.set, methods, _load(options), limit=options.limit, seed=options.seed, progress=progress, on_item=sheet.add if sheet else None
+        )
     print(format_table(results))
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
-    if options.sheet:
-        write_sheet(options.set, results, options.sheet)
+    if sheet:
+        sheet.save(options.sheet)
+
+
+def report(options) -> None:
+    from .bench.report import write_report
+
+    write_report(options.results, check_output(options.output, lossless=False))
+    print(options.output)
 
 
 def make_set(options) -> None:
@@ -170,11 +178,11 @@ def _load(options):
 class _bar:
     """A progress bar for the pipeline's `progress`, shown once two seconds have passed."""
 
-    def __init__(self, label: str):
-        self.label = label
+    def __init__(self, label: str, unit: str = "step"):
+        self.label, self.unit = label, unit
 
     def __enter__(self):
-        self.bar = tqdm(desc=self.label, unit="step", delay=2)
+        self.bar = tqdm(desc=self.label, unit=self.unit, delay=2)
 
         def progress(done: int, total: int) -> None:
             self.bar.total = total
@@ -239,6 +247,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="write all figures")
     command.add_argument("--sheet", metavar="FILE", help="write a contact sheet")
     command.set_defaults(command=bench)
+
+    command = commands.add_parser("report", help="write a Markdown page from files of bench --json")
+    command.add_argument("results", nargs="+", metavar="JSON")
+    command.add_argument("-o", "--output", required=True, metavar="FILE")
+    command.set_defaults(command=report)
 
     command = commands.add_parser("make-set", help="write a synthetic benchmark set, held out from training by its seeds")
     command.add_argument("folder", metavar="DIR")

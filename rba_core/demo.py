@@ -5,52 +5,38 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm import tqdm
 
 from .geometry import resize
 from .imageio import read_image, read_mask, to_bytes, write_image, write_mask, write_picture
 from .model import RefineByAlign
-from .overlay import overlay
+from .overlay import outline, overlay
 from .pipeline import refine_by_align
+from .refinement import Progress
 from .zoom_crop import crop_box
 
 SAMPLE = Path(__file__).parent / "sample"
 
 
-def run(model: RefineByAlign, folder: Path, seed: int = 0) -> None:
+def run(model: RefineByAlign, folder: Path, seed: int = 0, progress: Progress | None = None) -> None:
     """Refine the sample; write the result, M*, and one picture with all of it to `folder`; print where they are."""
     image, reference = read_image(SAMPLE / "image.png").rgb, read_image(SAMPLE / "reference.png").rgb
     mask, reference_mask = read_mask(SAMPLE / "mask.png"), read_mask(SAMPLE / "reference_mask.png")
     started = time.perf_counter()
-    with tqdm(desc="refine", unit="step", delay=2) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        refined = refine_by_align(model, image, mask, reference, reference_mask, seed=seed, progress=progress)
+    refined = refine_by_align(model, image, mask, reference, reference_mask, seed=seed, progress=progress)
     seconds = time.perf_counter() - started
     region = refined.regions[0]
     folder.mkdir(parents=True, exist_ok=True)
     write_image(folder / "result.png", refined.image)
     write_mask(folder / "correspondence.png", region.mask)
-    panels = [("generated, artifact marked", outline(image, mask)), ("reference, matched region", overlay(reference, region.mask)), ("refined", refined.image)]
+    panels = [("generated, artifact marked", outline(image, mask)), ("reference, matched region", overlay(reference, region.soft, region.mask)), ("refined", refined.image)]
     box = crop_box(mask, 1.6, 8)
     closeups = [("before", box.crop(image)), ("after", box.crop(refined.image))]
     write_picture(folder / "overview.png", overview(panels, closeups))
     print(f"refined in {seconds:.1f} s; pictures in {folder.resolve()}:")
     for name, meaning in (("overview.png", "everything at a glance"), ("result.png", "the refined image"), ("correspondence.png", "M*, the region found in the reference")):
         print(f"  {folder / name}  {meaning}")
-
-
-def outline(image: Tensor, mask: Tensor) -> Tensor:
-    """`[3, H, W]` with a red line, 2 px, just around the mask."""
-    inside = (mask > 0.5).float()[None, None]
-    line = (torch.nn.functional.max_pool2d(inside, 5, 1, 2) - inside)[0] > 0.5
-    return torch.where(line, torch.tensor([0.9, 0.1, 0.1])[:, None, None], image)
 
 
 def overview(panels: list[tuple[str, Tensor]], closeups: list[tuple[str, Tensor]], height: int = 384) -> Image.Image:

@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
+from .autoencoder import BlockAutoencoder
 from .errors import InputError
 
+AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "BlockAutoencoder": BlockAutoencoder}
 CONFIGS = Path(__file__).parent / "configs"
 PRETRAINED = Path(__file__).parent / "pretrained"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -29,8 +31,10 @@ class ModelConfig:
     """What a model needs to know beyond the configs of its parts.
 
     image_size          side of the zoom-in crop, pixels
-    context_features    channels that the U-Net sees of the crop's own encoder tokens (masked part blank);
-                        0 = the paper's input. A small U-Net finds its place in the reference faster with them
+    context_features    channels that the U-Net sees of the crop's own encoder tokens, 0 = the paper's input.
+                        A small U-Net finds its place in the reference faster with them. The masked part is
+                        blank for them in refinement; in alignment they see the artifact, as z_t does: colours
+                        and layout often survive in it
     encoder_stem        channels of a convolutional patch embedding in phi; 0 = DINOv2's own
     reference_fill      grey level around a segmented reference, 0 to 1
     alignment_*         layer l and timestep t of Eq. 5, and the crop's side in sides of the mask
@@ -80,7 +84,7 @@ def build_encoder(config: Dinov2Config, stem: int) -> Dinov2Model:
 class RefineByAlign(nn.Module):
     """Holds the parts; the steps of the method are functions over it.
 
-    vae         `AutoencoderKL`
+    vae         `AutoencoderKL`, or the small `BlockAutoencoder`
     unet        `UNet2DConditionModel` with 16 cross-attention layers in SD topology; input channels
                 [z_t, M_a, masked latents, context features]
     encoder     `Dinov2Model`, phi
@@ -88,7 +92,7 @@ class RefineByAlign(nn.Module):
     scheduler   noise schedule
     """
 
-    def __init__(self, config: ModelConfig, vae: AutoencoderKL, unet: UNet2DConditionModel, encoder: Dinov2Model, scheduler: DDIMScheduler):
+    def __init__(self, config: ModelConfig, vae: AutoencoderKL | BlockAutoencoder, unet: UNet2DConditionModel, encoder: Dinov2Model, scheduler: DDIMScheduler):
         super().__init__()
         self.config = config
         self.vae, self.unet, self.encoder, self.scheduler = vae, unet, encoder, scheduler
@@ -110,6 +114,8 @@ class RefineByAlign(nn.Module):
     @property
     def stride(self) -> int:
         """Pixels a latent cell covers along a side."""
+        if "patch_size" in self.vae.config:
+            return self.vae.config.patch_size
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
@@ -134,15 +140,16 @@ class RefineByAlign(nn.Module):
         """The way back: `[B, 3, S, S]` in [0, 1], float32."""
         return (self.vae.decode(latents / self.vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    def inpainting_condition(self, pictures: Tensor, masks: Tensor) -> Tensor:
+    def inpainting_condition(self, pictures: Tensor, masks: Tensor, seen: Tensor | None = None) -> Tensor:
         """What the U-Net knows of the crop: `[B, 1 + c + f, h, w]`, M_a, latents of the picture without what
-        M_a covers, and context features of the same."""
+        M_a covers, and context features of the same, or of `seen`."""
         pictures, masks = pictures.to(self.device, self.dtype), masks.to(self.device, self.dtype)
         blanked = pictures * (1 - masks) + 0.5 * masks
         latents = self.encode_image(blanked)
         channels = [F.adaptive_max_pool2d(masks, latents.shape[-2:]), latents]
         if self.context_projector is not None:
-            view = F.interpolate(blanked, (self.encoder_size,) * 2, mode="bilinear", antialias=True)
+            view = blanked if seen is None else seen.to(blanked)
+            view = F.interpolate(view, (self.encoder_size,) * 2, mode="bilinear", antialias=True)
             features = self.context_projector(self.tokens(view))
             side = round(features.shape[1] ** 0.5)
             features = features.mT.unflatten(-1, (side, side))
@@ -181,7 +188,7 @@ class RefineByAlign(nn.Module):
         config = ModelConfig(**parts["model"])
         return cls(
             config,
-            AutoencoderKL(**parts["vae"]),
+            AUTOENCODERS[parts["vae"].pop("_class_name")](**parts["vae"]),
             UNet2DConditionModel(**parts["unet"]),
             build_encoder(Dinov2Config(**parts["encoder"]), config.encoder_stem),
             DDIMScheduler(**parts["scheduler"]),
@@ -223,7 +230,9 @@ class RefineByAlign(nn.Module):
             encoder.load_state_dict(load_file(folder / "encoder" / "model.safetensors"))
             model = cls(
                 config,
-                AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True, torch_dtype=torch.float32),
+                AUTOENCODERS[json.loads((folder / "vae" / "config.json").read_text())["_class_name"]].from_pretrained(
+                    folder / "vae", local_files_only=True, torch_dtype=torch.float32
+                ),
                 UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True, torch_dtype=torch.float32),
                 encoder,
                 DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True),

@@ -96,11 +96,11 @@ class SceneSampler:
         extent = 0.1 * (4.5 ** self.uniform(0, 1, batch))  # of the mask's half side, in uv
         offset = self.uniform(-0.15, 0.15, batch, 2)
 
-        points = grid(self.image_size, batch)
+        points = grid(2 * self.image_size, batch)
         uv = self._crop_to_uv(points, anchor, extent * context, offset)
-        sampled = F.grid_sample(texture, uv, align_corners=False)
+        sampled = F.avg_pool2d(F.grid_sample(texture, uv, align_corners=False), 2)
         alpha = sampled[:, 3:]
-        mask = self._free_form(points, offset, 1 / context) * (alpha > 0.5)
+        mask = self._free_form(grid(self.image_size, batch), offset, 1 / context) * (alpha > 0.5)
         image = sampled[:, :3] * alpha + self._background(batch) * (1 - alpha)
 
         coarse = grid(self.image_size // 4, batch)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Dinov2Model
 
-from ..data.scenes import REFERENCE_FILL, Scenes
+from ..data.scenes import REFERENCE_FILL, Scenes, grid
 from ..model import imagenet_normalised
 
 
@@ -67,10 +67,16 @@ def token_targets(flow: Tensor, visible: Tensor, side: int, tokens: int = 16) ->
     return F.adaptive_avg_pool2d(weights, side).flatten(2).mT
 
 
-def damage(scenes: Scenes, generator: torch.Generator) -> Tensor:
-    """The image crop with M_a's inside cut out, smeared, or swapped for another picture's."""
+def damage(scenes: Scenes, generator: torch.Generator, shares: tuple[float, float, float, float]) -> Tensor:
+    """The image crop with M_a's inside cut out, smeared, swapped for another picture's, or garbled; `shares`
+    of each in the batch, sum 1."""
     image, mask = scenes.image, scenes.mask
-    choice = torch.rand(len(image), 1, 1, 1, generator=generator)
+    hole = torch.full_like(image, REFERENCE_FILL)
     smeared = F.interpolate(F.adaptive_avg_pool2d(image, 7), image.shape[-2:], mode="bilinear")
-    inside = torch.where(choice < 0.6, torch.full_like(image, REFERENCE_FILL), torch.where(choice < 0.8, smeared, image.roll(1, 0)))
+    shift = torch.randn(len(image), 2, 10, 10, generator=generator) * 0.12
+    shift = F.interpolate(shift, image.shape[-2:], mode="bicubic").movedim(1, -1)
+    garbled = F.grid_sample(image, grid(image.shape[-1], len(image)) + shift, padding_mode="reflection", align_corners=False)
+    kinds = torch.stack([hole, smeared, image.roll(1, 0), garbled])
+    kind = torch.multinomial(torch.tensor(shares), len(image), replacement=True, generator=generator)
+    inside = kinds[kind, torch.arange(len(image))]
     return image * (1 - mask) + inside * mask

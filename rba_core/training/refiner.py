@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..alignment import cross_attentions
 from ..data.scenes import Scenes
 from ..model import RefineByAlign
-from .encoder import token_targets
+from .encoder import damage, token_targets
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class RefinerSettings:
     """
 
     drop: float = 0.1
-    mask_weight: float = 6.0
+    mask_weight: float = 20.0
     attention_weight: float = 0.05
     layers: tuple[int, ...] = (5, 9, 12, 14)
 
@@ -55,7 +55,8 @@ class RefinerObjective(nn.Module):
         batch = len(scenes.image)
         with torch.no_grad():
             latents = model.encode_image(scenes.image).float()
-        condition = model.inpainting_condition(scenes.image, scenes.mask)
+        seen = damage(scenes, generator, shares=(0.25, 0.25, 0.2, 0.3)) if mode == "alignment" else None
+        condition = model.inpainting_condition(scenes.image, scenes.mask, seen)
         kept = (torch.rand(batch, generator=generator) >= settings.drop).to(latents)
         embedding = model.embed(scenes.reference) * kept[:, None, None]
 

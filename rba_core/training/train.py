@@ -7,13 +7,14 @@ import tomllib
 from pathlib import Path
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from tqdm import tqdm
 
 from ..data.scenes import SceneSampler, TextureBank
 from ..data.textures import load_photos
 from ..errors import InputError
 from ..model import RefineByAlign
-from .autoencoder import AutoencoderObjective, latent_scale
+from .autoencoder import AutoencoderObjective
 from .encoder import EncoderObjective, damage, place_tokens
 from .loop import optimise
 from .refiner import RefinerObjective
@@ -67,7 +68,7 @@ def train_encoder(model: RefineByAlign, bank: TextureBank, plan: dict, checkpoin
         sampler.generator.manual_seed(seed + step)
         bank.refresh(redrawn)
         scenes = sampler.sample(plan["batch"], "refinement" if step % 4 == 3 else "alignment")
-        return objective(scenes, damage(scenes, sampler.generator))
+        return objective(scenes, damage(scenes, sampler.generator, shares=(0.6, 0.2, 0.2, 0.0)))
 
     groups = [{"params": list(objective.parameters()), "lr": plan["learning_rate"]}]
     optimise(objective, loss, steps=plan["steps"], groups=groups, checkpoint=checkpoint, ema_decay=plan["ema"], label="encoder")
@@ -82,6 +83,8 @@ def train_autoencoder(model: RefineByAlign, bank: TextureBank, plan: dict, check
         y, x = torch.randint(image.shape[-1] - plan["crop"] + 1, (2,), generator=sampler.generator).tolist()
         return image[..., y : y + plan["crop"], x : x + plan["crop"]]
 
+    model.vae.fit_scale(torch.cat([pictures() for _ in range(8)]) * 2 - 1)
+
     def loss(step: int) -> dict:
         sampler.generator.manual_seed(seed + step)
         bank.refresh(redrawn)
@@ -89,11 +92,11 @@ def train_autoencoder(model: RefineByAlign, bank: TextureBank, plan: dict, check
 
     groups = [{"params": list(objective.parameters()), "lr": plan["learning_rate"]}]
     optimise(objective, loss, steps=plan["steps"], groups=groups, checkpoint=checkpoint, ema_decay=plan["ema"], label="autoencoder")
-    model.vae.register_to_config(scaling_factor=latent_scale(model.vae, torch.cat([pictures() for _ in range(4)])))
 
 
 def train_refiner(model: RefineByAlign, bank: TextureBank, plan: dict, checkpoint: Path, redrawn: int, seed: int) -> None:
     objective = RefinerObjective(model)
+    model.unet.set_attn_processor(AttnProcessor())  # on a CPU, the fused kernel's backward takes a third of a step
     sampler = SceneSampler(bank, seed, image_size=model.config.image_size, reference_size=model.encoder_size)
 
     def loss(step: int) -> dict:

@@ -1,0 +1,1 @@
+"""Benchmark sets, metrics and the methods they compare."""
