@@ -38,7 +38,9 @@ class _Reached(Exception):
         self.attention = attention
 
 
-def attention_at(unet: UNet2DConditionModel, layer: int, queries: Tensor, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+def attention_at(
+    unet: UNet2DConditionModel, layer: int, queries: Tensor, sample: Tensor, timestep: Tensor, context: Tensor, **residuals
+) -> Tensor:
     """A = softmax(q kᵀ / sqrt(d)) of one layer, mean over heads, for some queries only.
 
     queries   weights `[h, w]` at any resolution, resized to the layer's grid; cells of weight 0 are not computed
@@ -61,7 +63,7 @@ def attention_at(unet: UNet2DConditionModel, layer: int, queries: Tensor, sample
 
     handle = layers[layer].register_forward_pre_hook(read, with_kwargs=True)
     try:
-        unet(sample, timestep, context)
+        unet(sample, timestep, context, **residuals)
     except _Reached as reached:
         return reached.attention
     finally:
@@ -101,4 +103,5 @@ def align(
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     noisy = model.add_noise(latents, noise, step)
     sample = model.unet_input(noisy, model.inpainting_condition(crop.image[None], crop.mask[None, None], seen=crop.image[None]))
-    return correspondence(attention_at(model.unet, layer, crop.mask, sample, step.to(sample.device), reference.embedding))
+    residuals = model.context_residuals(sample)
+    return correspondence(attention_at(model.unet, layer, crop.mask, sample, step.to(sample.device), reference.embedding, **residuals))

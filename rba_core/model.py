@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
+from transformers.utils import logging as transformers_logging
 
 from .autoencoder import BlockAutoencoder
 from .errors import InputError
@@ -35,7 +37,8 @@ class ModelConfig:
                         A small U-Net finds its place in the reference faster with them. The masked part is
                         blank for them in refinement; in alignment they see the artifact, as z_t does: colours
                         and layout often survive in it
-    encoder_stem        channels of a convolutional patch embedding in phi; 0 = DINOv2's own
+    collage             the U-Net sees the registered reference inside the mask (latents, and where they are
+                        valid), as AnyDoor's sees its detail map; False = tokens alone
     reference_fill      grey level around a segmented reference, 0 to 1
     alignment_*         layer l and timestep t of Eq. 5, and the crop's side in sides of the mask
     context             the same for the refinement's crop
@@ -44,7 +47,7 @@ class ModelConfig:
 
     image_size: int = 512
     context_features: int = 0
-    encoder_stem: int = 0
+    collage: bool = False
     reference_fill: float = 0.5
     alignment_layer: int = 9
     alignment_timestep: int = 0
@@ -74,11 +77,68 @@ class ConvolutionalPatches(nn.Sequential):
         return self[0].weight
 
 
-def build_encoder(config: Dinov2Config, stem: int) -> Dinov2Model:
-    encoder = Dinov2Model(config)
-    if stem:
-        encoder.embeddings.patch_embeddings.projection = ConvolutionalPatches(stem, config.hidden_size, config.patch_size)
-    return encoder
+class Encoder(Dinov2Model):
+    """phi: DINOv2 as it is, or with `ConvolutionalPatches` where its config sets `stem` channels."""
+
+    def __init__(self, config: Dinov2Config):
+        super().__init__(config)
+        if stem := getattr(config, "stem", 0):
+            self.embeddings.patch_embeddings.projection = ConvolutionalPatches(stem, config.hidden_size, config.patch_size)
+
+
+class ContextAdapter(nn.Module):
+    """Brings the context features to every resolution of the U-Net, added to its skip connections and its middle
+    as a T2I-Adapter's or ControlNet's output is: the shortest way to the layers that align."""
+
+    def __init__(self, features: int, unet_config):
+        super().__init__()
+        widths, layers = unet_config["block_out_channels"], unet_config["layers_per_block"]
+        entries = [(widths[0], 0)]  # of the skip connections: channels and halvings of the resolution
+        for level, width in enumerate(widths):
+            entries += [(width, level)] * layers
+            if level + 1 < len(widths):
+                entries.append((width, level + 1))
+        entries.append((widths[-1], len(widths) - 1))
+        self.halvings = [halvings for _, halvings in entries]
+        self.project = nn.ModuleList(nn.Conv2d(features, width, 1) for width, _ in entries)
+        for projection in self.project:
+            nn.init.zeros_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, features: Tensor) -> dict:
+        """`[B, f, h, w]` -> what `UNet2DConditionModel` takes as a ControlNet's output."""
+        height, width = features.shape[-2:]
+        residuals = [
+            projection(F.adaptive_avg_pool2d(features, (-(-height // 2**halvings), -(-width // 2**halvings))))
+            for projection, halvings in zip(self.project, self.halvings)
+        ]
+        return {"down_block_additional_residuals": residuals[:-1], "mid_block_additional_residual": residuals[-1]}
+
+
+@contextmanager
+def quiet():
+    """Keep the libraries' bars and reports off stderr: what is wrong is raised, in one line."""
+    bar = transformers_logging.is_progress_bar_enabled()
+    verbosity = [library.get_verbosity() for library in (transformers_logging, diffusers_logging)]
+    transformers_logging.disable_progress_bar()
+    for library in (transformers_logging, diffusers_logging):
+        library.set_verbosity(transformers_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        if bar:
+            transformers_logging.enable_progress_bar()
+        for library, level in zip((transformers_logging, diffusers_logging), verbosity):
+            library.set_verbosity(level)
+
+
+def read_part(kind: type, folder: Path) -> nn.Module:
+    """`kind.from_pretrained`, but weights that are absent are an error, not random."""
+    with quiet():
+        part, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    if absent := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise ValueError(f"{folder.name} lacks {len(absent)} weights")
+    return part
 
 
 class RefineByAlign(nn.Module):
@@ -86,7 +146,7 @@ class RefineByAlign(nn.Module):
 
     vae         `AutoencoderKL`, or the small `BlockAutoencoder`
     unet        `UNet2DConditionModel` with 16 cross-attention layers in SD topology; input channels
-                [z_t, M_a, masked latents, context features]
+                [z_t, M_a, masked latents, collage, context features]
     encoder     `Dinov2Model`, phi
     projector   the MLP: tokens -> context of the U-Net
     scheduler   noise schedule
@@ -99,7 +159,9 @@ class RefineByAlign(nn.Module):
         width, context = encoder.config.hidden_size, unet.config.cross_attention_dim
         self.projector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, context), nn.GELU(), nn.Linear(context, context))
         self.context_projector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.context_features)) if config.context_features else None
-        expected = 2 * vae.config.latent_channels + 1 + config.context_features
+        self.context_adapter = ContextAdapter(config.context_features, unet.config) if config.context_features else None
+        collage = vae.config.latent_channels + 1 if config.collage else 0
+        expected = 2 * vae.config.latent_channels + 1 + collage + config.context_features
         if unet.config.in_channels != expected:
             raise InputError("unet config", f"has {unet.config.in_channels} input channels", f"this model's parts need {expected}")
 
@@ -140,16 +202,23 @@ class RefineByAlign(nn.Module):
         """The way back: `[B, 3, S, S]` in [0, 1], float32."""
         return (self.vae.decode(latents / self.vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    def inpainting_condition(self, pictures: Tensor, masks: Tensor, seen: Tensor | None = None) -> Tensor:
-        """What the U-Net knows of the crop: `[B, 1 + c + f, h, w]`, M_a, latents of the picture without what
-        M_a covers, and context features of the same, or of `seen`."""
+    def inpainting_condition(self, pictures: Tensor, masks: Tensor, *, seen: Tensor | None = None, collage: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """What the U-Net knows of the crop, `[B, channels, h, w]`: M_a, latents of the picture without what M_a
+        covers, the same with the collage in its place, and context features of the blanked picture, or of `seen`.
+
+        collage   picture `[B, 3, S, S]` in [0, 1] and where it is valid `[B, 1, S, S]`
+        """
         pictures, masks = pictures.to(self.device, self.dtype), masks.to(self.device, self.dtype)
         blanked = pictures * (1 - masks) + 0.5 * masks
         latents = self.encode_image(blanked)
         channels = [F.adaptive_max_pool2d(masks, latents.shape[-2:]), latents]
+        if self.config.collage:
+            laid, valid = (value.to(latents) for value in collage) if collage is not None else (blanked, torch.zeros_like(masks))
+            shown = masks * valid
+            channels += [F.adaptive_avg_pool2d(shown, latents.shape[-2:]), self.encode_image(blanked * (1 - shown) + laid * shown)]
         if self.context_projector is not None:
             view = blanked if seen is None else seen.to(blanked)
-            view = F.interpolate(view, (self.encoder_size,) * 2, mode="bilinear", antialias=True)
+            view = F.interpolate(view.float(), (self.encoder_size,) * 2, mode="bilinear", antialias=True)  # no half on a CPU
             features = self.context_projector(self.tokens(view))
             side = round(features.shape[1] ** 0.5)
             features = features.mT.unflatten(-1, (side, side))
@@ -158,6 +227,10 @@ class RefineByAlign(nn.Module):
 
     def unet_input(self, noisy: Tensor, condition: Tensor) -> Tensor:
         return torch.cat([noisy.to(condition), condition], 1)
+
+    def context_residuals(self, sample: Tensor) -> dict:
+        """Keyword arguments of the U-Net that carry the context features of its input; none for the paper's U-Net."""
+        return self.context_adapter(sample[:, -self.config.context_features :]) if self.context_adapter is not None else {}
 
     def add_noise(self, latents: Tensor, noise: Tensor, step: Tensor) -> Tensor:
         return self.scheduler.add_noise(latents, noise, step)
@@ -185,33 +258,37 @@ class RefineByAlign(nn.Module):
         if not path.exists():
             raise InputError("model config", f"{name!r} is not known", f"use one of {', '.join(sorted(p.stem for p in CONFIGS.glob('*.json')))}")
         parts = json.loads(path.read_text())
-        config = ModelConfig(**parts["model"])
         return cls(
-            config,
+            ModelConfig(**parts["model"]),
             AUTOENCODERS[parts["vae"].pop("_class_name")](**parts["vae"]),
             UNet2DConditionModel(**parts["unet"]),
-            build_encoder(Dinov2Config(**parts["encoder"]), config.encoder_stem),
+            Encoder(Dinov2Config(**parts["encoder"])),
             DDIMScheduler(**parts["scheduler"]),
         ).eval()
 
     def save(self, folder: str | Path) -> None:
         """Write a folder of safetensors and JSON, each part in its library's own layout; whole or not at all."""
         folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        partial, former = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "former"))
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         try:
             (partial / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-            for part in ("vae", "unet", "encoder", "scheduler"):
-                getattr(self, part).save_pretrained(partial / part)
+            with quiet():
+                for part in ("vae", "unet", "encoder", "scheduler"):
+                    getattr(self, part).save_pretrained(partial / part)
             save_file({k: v.contiguous() for k, v in self._mlp_state().items()}, partial / "projector.safetensors")
+            for file in partial.rglob("*.safetensors"):
+                file.chmod(0o644)  # safetensors writes 0600, unreadable for a server under another user
             if folder.exists():
-                shutil.rmtree(folder)
+                os.replace(folder, former)
             os.replace(partial, folder)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            for leftover in (partial, former):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _mlp_state(self) -> dict[str, Tensor]:
-        return {k: v for k, v in self.state_dict().items() if k.startswith(("projector.", "context_projector."))}
+        return {k: v for k, v in self.state_dict().items() if k.startswith(("projector.", "context_"))}
 
     @classmethod
     def load(cls, source: str | Path = "rba-tiny", *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> RefineByAlign:
@@ -225,16 +302,12 @@ class RefineByAlign(nn.Module):
             known = {f.name for f in fields(ModelConfig)}
             if unknown := set(settings) - known:
                 raise InputError("model", f"{folder / 'config.json'} has unknown keys {sorted(unknown)}", "use a folder written by this version or a newer pack")
-            config = ModelConfig(**settings)
-            encoder = build_encoder(Dinov2Config.from_pretrained(folder / "encoder", local_files_only=True), config.encoder_stem)
-            encoder.load_state_dict(load_file(folder / "encoder" / "model.safetensors"))
+            autoencoder = AUTOENCODERS[json.loads((folder / "vae" / "config.json").read_text())["_class_name"]]
             model = cls(
-                config,
-                AUTOENCODERS[json.loads((folder / "vae" / "config.json").read_text())["_class_name"]].from_pretrained(
-                    folder / "vae", local_files_only=True, torch_dtype=torch.float32
-                ),
-                UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True, torch_dtype=torch.float32),
-                encoder,
+                ModelConfig(**settings),
+                read_part(autoencoder, folder / "vae"),
+                read_part(UNet2DConditionModel, folder / "unet"),
+                read_part(Encoder, folder / "encoder"),
                 DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True),
             )
             mlp = load_file(folder / "projector.safetensors")

@@ -1,4 +1,4 @@
-"""Refine-by-Align in one function: encode, align, clean, crop, refine, stitch."""
+"""Refine-by-Align in one function: encode, crop, align, clean, register, refine, stitch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from scipy import ndimage
 from torch import Tensor
 
 from .alignment import align
+from .collage import Collage, lay_over, transfer_detail
 from .errors import InputError
+from .geometry import Box
 from .model import RefineByAlign
 from .postprocessing import CleaningSettings, MatchedRegion, clean
 from .reference_encoding import EncodedReference, encode_reference
 from .refinement import Progress, refine
 from .stitch import stitch
-from .zoom_crop import separate, zoom_crop
+from .zoom_crop import ZoomCrop, separate, zoom_crop
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class Settings:
     layer, timestep, noise_level    see `align`
     steps, guidance, scheduler      see `refine`
     alignment_context, context      sides of the two zoom-in crops, in sides of the mask
+    register           settle M* on the pixels around the mask, see `lay_over`; False = the paper
+    min_confidence     what the registration must reach to be used; below, the tokens alone guide
+    detail_transfer    how much of the registered reference's high frequencies is carried into the result, 0 to 1
     region_margin      how much M* is grown before it is cut out, in shares of its longer side
     feather, colour_match           see `stitch`
     """
@@ -40,6 +45,9 @@ class Settings:
     noise_level: float | None = None
     cleaning: CleaningSettings = field(default_factory=CleaningSettings)
     alignment_context: float | None = None
+    register: bool = True
+    min_confidence: float = 0.45
+    detail_transfer: float = 1.0
     region_margin: float = 0.12
     steps: int | None = None
     guidance: float | None = None
@@ -51,10 +59,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Refined:
-    """image `[3, H, W]`; regions, one M* an artifact, `None` where the whole reference was used."""
+    """image `[3, H, W]`; regions, one M* an artifact, `None` where the whole reference was used; confidences of
+    the registration, `None` where there was none."""
 
     image: Tensor
     regions: list[MatchedRegion | None]
+    confidences: list[float | None]
 
 
 def refine_by_align(
@@ -80,21 +90,24 @@ def refine_by_align(
         reference_mask = torch.ones(reference.shape[-2:])
     whole = encode_reference(model, reference, reference_mask)
     artifacts = [mask] if settings.one_crop else separate(mask)
-    result, regions = image, []
+    result, regions, confidences = image, [], []
     for index, artifact in enumerate(artifacts):
-        guide, region = whole, None
-        if not settings.single_stage:
-            region = find_region(model, result, artifact, whole, settings, seed)
-        if region is not None:
-            guide = encode_reference(model, reference, grow(region, settings.region_margin) * whole.mask)
         crop = zoom_crop(result, artifact, model.config.image_size, context=settings.context or model.config.context, multiple=model.stride)
+        guide, collage = whole, None
+        region = None if settings.single_stage else find_region(model, result, artifact, whole, settings, seed)
+        if region is not None:
+            region, collage = register(crop, reference, whole.mask, region, result, settings)
+            guide = encode_reference(model, reference, grow(region, settings.region_margin) * whole.mask)
         redrawn = refine(
-            model, crop, guide, steps=settings.steps, guidance=settings.guidance, scheduler=settings.scheduler, seed=seed,
+            model, crop, guide, collage=collage, steps=settings.steps, guidance=settings.guidance, scheduler=settings.scheduler, seed=seed,
             progress=progress and (lambda done, total, index=index: progress(index * total + done, len(artifacts) * total)),
         )
+        if collage is not None:
+            redrawn = transfer_detail(redrawn, collage, crop.mask, settings.detail_transfer)
         result = stitch(result, artifact, redrawn, crop.box, feather=settings.feather, colour_match=settings.colour_match)
         regions.append(region)
-    return Refined(result, regions)
+        confidences.append(collage.confidence if collage else None)
+    return Refined(result, regions, confidences)
 
 
 def find_region(model: RefineByAlign, image: Tensor, mask: Tensor, whole: EncodedReference, settings: Settings, seed: int) -> MatchedRegion | None:
@@ -108,6 +121,18 @@ def find_region(model: RefineByAlign, image: Tensor, mask: Tensor, whole: Encode
         if settings.on_flat == "error":
             raise
         return None
+
+
+def register(
+    crop: ZoomCrop, reference: Tensor, object_mask: Tensor, region: MatchedRegion, image: Tensor, settings: Settings
+) -> tuple[MatchedRegion, Collage | None]:
+    """M* to the pixel and the collage it gives; M* as it was and `None` where the pictures do not agree."""
+    if not settings.register:
+        return region, None
+    collage = lay_over(crop, reference, object_mask, region, image)
+    if collage.confidence < settings.min_confidence or not collage.region.any():
+        return region, None
+    return MatchedRegion(collage.region, Box.around(collage.region), collage.region), collage
 
 
 def grow(region: MatchedRegion, margin: float) -> Tensor:
@@ -127,15 +152,19 @@ def check_inputs(image: Tensor, mask: Tensor, reference: Tensor, reference_mask:
             raise InputError(name, "holds NaN or infinite values", "check the node or file that made it")
         if picture.amin() < 0 or picture.amax() > 1:
             raise InputError(name, f"has values from {picture.amin():.3g} to {picture.amax():.3g}", "scale it to 0..1")
-    for name, selection, owner, picture in (("mask", mask, "image", image), ("reference mask", reference_mask, "reference", reference)):
-        if selection is None:
-            continue
-        if not torch.isfinite(selection).all():
-            raise InputError(name, "holds NaN or infinite values", "check the node or file that made it")
-        if selection.shape != picture.shape[-2:]:
-            sizes = " x ".join(map(str, reversed(selection.shape))), " x ".join(map(str, reversed(picture.shape[-2:])))
-            raise InputError(name, f"is {sizes[0]}, its {owner} {sizes[1]}", f"give a mask of the {owner}'s size")
-        if not (selection > 0.5).any():
-            raise InputError(name, "is empty", "paint over at least one pixel (white = selected)")
+    check_mask("mask", mask, "image", image)
+    if reference_mask is not None:
+        check_mask("reference mask", reference_mask, "reference", reference)
     if (mask > 0.5).all():
         raise InputError("mask", "covers the whole image", "leave some surroundings unpainted: they tell where the part belongs")
+
+
+def check_mask(name: str, mask: Tensor, owner: str, picture: Tensor) -> None:
+    """A mask `[H, W]` of the size of its picture `[..., H, W]`, finite, not empty."""
+    if not torch.isfinite(mask).all():
+        raise InputError(name, "holds NaN or infinite values", "check the node or file that made it")
+    if not (mask > 0.5).any():
+        raise InputError(name, "is empty", "paint over at least one pixel (white = selected)")
+    if mask.shape != picture.shape[-2:]:
+        sizes = " x ".join(map(str, reversed(mask.shape))), " x ".join(map(str, reversed(picture.shape[-2:])))
+        raise InputError(name, f"is {sizes[0]}, its {owner} {sizes[1]}", f"give a mask of the {owner}'s size")

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .collage import Collage
 from .errors import InputError
+from .geometry import resize, resize_mask
 from .reference_encoding import EncodedReference
 from .zoom_crop import ZoomCrop
 
@@ -37,6 +39,7 @@ def refine(
     crop: ZoomCrop,
     reference: EncodedReference,
     *,
+    collage: Collage | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     scheduler: str | None = None,
@@ -45,6 +48,7 @@ def refine(
 ) -> Tensor:
     """Redraw what `crop.mask` covers: `[3, S, S]` in [0, 1].
 
+    collage    the registered reference, shown to models that read it, at any resolution
     guidance   classifier-free guidance against the dropped embedding; 1 = off
 
     The known region is imposed again on the latents after each step, at that step's noise level.
@@ -58,7 +62,11 @@ def refine(
 
     known = model.encode_image(crop.image[None])
     hole = F.adaptive_max_pool2d(crop.mask[None, None], known.shape[-2:]).to(known)
-    condition = model.inpainting_condition(crop.image[None], crop.mask[None, None])
+    laid = None
+    if collage is not None:
+        size = crop.image.shape[-1]
+        laid = resize(collage.picture, size, size)[None], resize_mask(collage.valid, size, size)[None, None]
+    condition = model.inpainting_condition(crop.image[None], crop.mask[None, None], collage=laid)
     embedding = reference.embedding
     if guidance != 1:
         condition = condition.expand(2, -1, -1, -1)
@@ -70,7 +78,7 @@ def refine(
     for index, timestep in enumerate(sampler.timesteps):
         scaled = sampler.scale_model_input(latents, timestep)
         sample = model.unet_input(scaled.expand(len(condition), -1, -1, -1), condition)
-        prediction = model.unet(sample, timestep.to(sample.device), embedding).sample
+        prediction = model.unet(sample, timestep.to(sample.device), embedding, **model.context_residuals(sample)).sample
         if guidance != 1:
             dropped, guided = prediction.chunk(2)
             prediction = dropped + guidance * (guided - dropped)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..alignment import cross_attentions
-from ..data.scenes import Scenes
+from ..collage import match_tone
+from ..data.scenes import Scenes, grid
 from ..model import RefineByAlign
 from .encoder import damage, token_targets
 
@@ -56,7 +57,8 @@ class RefinerObjective(nn.Module):
         with torch.no_grad():
             latents = model.encode_image(scenes.image).float()
         seen = damage(scenes, generator, shares=(0.25, 0.25, 0.2, 0.3)) if mode == "alignment" else None
-        condition = model.inpainting_condition(scenes.image, scenes.mask, seen)
+        collage = imperfect_collage(scenes, generator) if mode == "refinement" and model.config.collage else None
+        condition = model.inpainting_condition(scenes.image, scenes.mask, seen=seen, collage=collage)
         kept = (torch.rand(batch, generator=generator) >= settings.drop).to(latents)
         embedding = model.embed(scenes.reference) * kept[:, None, None]
 
@@ -68,7 +70,8 @@ class RefinerObjective(nn.Module):
         noise = torch.randn(latents.shape, generator=generator)
         noisy = model.add_noise(latents, noise, timestep)
         target = noise if model.scheduler.config.prediction_type == "epsilon" else model.scheduler.get_velocity(latents, noise, timestep)
-        prediction = model.unet(model.unet_input(noisy, condition), timestep, embedding).sample.float()
+        sample = model.unet_input(noisy, condition)
+        prediction = model.unet(sample, timestep, embedding, **model.context_residuals(sample)).sample.float()
 
         hole = F.adaptive_max_pool2d(scenes.mask, latents.shape[-2:])
         weight = 1 + (settings.mask_weight - 1) * hole
@@ -97,3 +100,21 @@ class RefinerObjective(nn.Module):
         summed = torch.einsum("bq,bqn->bn", weights, attention) / weights.sum(1, keepdim=True).clamp(min=1e-6)
         region = -(wanted * (summed + 1e-6).log()).sum(-1)
         return cells + (region * present).sum() / present.sum().clamp(min=1)
+
+
+def imperfect_collage(scenes: Scenes, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The reference laid over the crop by the known flow, a little off place and tone, for some items not at all."""
+    batch, size = len(scenes.image), scenes.image.shape[-1]
+    flow = F.interpolate(scenes.flow.movedim(-1, 1), (size, size), mode="bilinear").movedim(1, -1)
+    slope = (flow[:, 1:, 1:] - flow[:, :-1, :-1]).abs().mean((1, 2, 3)) * size / 2  # reference units in half a crop
+    error = torch.randn(batch, 2, 3, generator=generator) * torch.tensor([0.02, 0.02, 0.012])
+    places = torch.cat([grid(size, batch), torch.ones(batch, size, size, 1)], -1)
+    moved = flow + torch.einsum("bij,bhwj->bhwi", error, places) * slope[:, None, None, None]
+    laid = F.grid_sample(scenes.reference, moved, align_corners=False)
+    valid = F.interpolate(scenes.visible, (size, size)) * (moved.abs() < 1).all(-1)[:, None]
+    near = F.avg_pool2d(scenes.mask, size // 8 + 1, 1, size // 16, count_include_pad=False)
+    weight = (near > 0.02).float() * valid * (0.1 + 0.9 * (1 - scenes.mask))
+    toned = torch.stack([match_tone(*item) for item in zip(laid, scenes.image, weight[:, 0])])
+    laid = torch.where((weight * (1 - scenes.mask)).sum((1, 2, 3), keepdim=True) > 20, toned, laid)
+    given = torch.rand(batch, 1, 1, 1, generator=generator) < 0.75
+    return laid, valid * given

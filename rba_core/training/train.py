@@ -105,7 +105,7 @@ def train_refiner(model: RefineByAlign, bank: TextureBank, plan: dict, checkpoin
         mode = "refinement" if step % 2 else "alignment"
         return objective(sampler.sample(plan["batch"], mode), mode, sampler.generator)
 
-    mlp = [p for part in (model.projector, model.context_projector) if part is not None for p in part.parameters()]
+    mlp = [p for part in (model.projector, model.context_projector, model.context_adapter) if part is not None for p in part.parameters()]
     groups = [
         {"params": list(model.unet.parameters()), "lr": plan["learning_rate"]},
         {"params": mlp, "lr": plan["mlp_learning_rate"]},

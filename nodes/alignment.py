@@ -1,0 +1,177 @@
+"""Stage one, step by step: encode the reference, align, clean."""
+
+from __future__ import annotations
+
+import torch
+
+from ..rba_core.alignment import align
+from ..rba_core.errors import InputError
+from ..rba_core.geometry import Box
+from ..rba_core.pipeline import grow
+from ..rba_core.postprocessing import CleaningSettings, clean
+from ..rba_core.reference_encoding import encode_reference
+from .api import io
+from .types import CATEGORY, Model, Reference, boxes_out, delivered, encoded, masks, model_crop, on_device, pictures, plain, together
+
+SEED_MAX = 0xFFFFFFFFFFFFFFFF
+
+
+def layer_input():
+    return io.Int.Input(
+        "layer", default=-1, min=-1, max=15, advanced=True,
+        tooltip="Cross-attention layer to read, 0 to 15 in the order in which they run. -1: the model's own (9).",
+    )
+
+
+def timestep_input():
+    return io.Int.Input(
+        "timestep", default=-1, min=-1, max=49, advanced=True,
+        tooltip="Noise on the image while aligning, as a step of a 50-step sampler: 0 is the noisiest, 49 the cleanest. -1: the model's own.",
+    )
+
+
+def noise_level_input():
+    return io.Float.Input(
+        "noise_level", default=-1.0, min=-1.0, max=1.0, step=0.01, advanced=True,
+        tooltip="The same noise as a standard deviation, 0 (the image as it is) to 1 (pure noise). Goes before timestep. -1: use timestep.",
+    )
+
+
+def cleaning_inputs():
+    default = CleaningSettings()
+    return [
+        io.Float.Input(
+            "threshold", default=default.threshold, min=0.05, max=1.0, step=0.01, advanced=True,
+            tooltip="Share of the map's peak that a pixel needs to belong to the matched region. Lower: a larger region.",
+        ),
+        io.Float.Input(
+            "peak_support", default=default.peak_support, min=0.0, max=1.0, step=0.01, advanced=True,
+            tooltip="A lone peak on the map's border is taken for noise unless a neighbour reaches this share of it.",
+        ),
+        io.Float.Input(
+            "flatness", default=default.flatness, min=1.0, max=20.0, step=0.1, advanced=True,
+            tooltip="The map's peak must be this many times its mean, or the reference shows nothing like the masked part.",
+        ),
+    ]
+
+
+def margin_input():
+    return io.Float.Input(
+        "margin", default=0.12, min=0.0, max=1.0, step=0.01, advanced=True,
+        tooltip="How much the matched region is widened before it guides the refinement, in shares of its longer side.",
+    )
+
+
+def on_flat_input():
+    return io.Combo.Input(
+        "on_flat", options=["error", "single-stage"], default="error",
+        tooltip="Where nothing in the reference stands out: stop with an error, or let the whole reference guide the refinement.",
+    )
+
+
+def none_below_zero(value):
+    return None if value < 0 else value
+
+
+class EncodeReference(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RBA_EncodeReference",
+            display_name="Encode Reference",
+            category=CATEGORY,
+            description="Cuts the masked part out of a reference photo and encodes it. Give it the object's mask for Align, and the matched region for Refine Crop.",
+            search_aliases=["rba encode", "dinov2 encode", "reference embedding"],
+            inputs=[
+                Model.Input("model", tooltip="The model that will read the reference."),
+                io.Image.Input("reference", tooltip="A photo of the object as it should be, of any size."),
+                io.Mask.Input("mask", optional=True, tooltip="White over the part to encode. Without it the whole picture is encoded."),
+            ],
+            outputs=[Reference.Output("encoded_reference", tooltip="The encoded part of the reference, for Align, Post-process or Refine Crop.")],
+        )
+
+    @classmethod
+    def execute(cls, model, reference, mask=None) -> io.NodeOutput:
+        mask = torch.ones(reference.shape[:3]) if mask is None else masks(mask, reference, "reference mask", "reference")
+        batch = together(reference=pictures(reference), reference_mask=mask)
+        network = on_device(model)
+        return io.NodeOutput([plain(encode_reference(network, picture, part)) for picture, part in batch])
+
+
+class Align(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RBA_Align",
+            display_name="Align",
+            category=CATEGORY,
+            description="Finds where the masked part of a crop is seen in the reference, from the model's cross-attention. The raw map is noisy: connect Post-process.",
+            search_aliases=["rba align", "correspondence", "cross attention map", "match reference"],
+            inputs=[
+                Model.Input("model", tooltip="The model that encoded the reference."),
+                io.Image.Input("crop", tooltip="The crop around the wrong part, from Zoom-in Crop (purpose: alignment)."),
+                io.Mask.Input("crop_mask", tooltip="White over the wrong part of the crop, from Zoom-in Crop."),
+                Reference.Input("encoded_reference", tooltip="The whole object, from Encode Reference."),
+                layer_input(),
+                timestep_input(),
+                noise_level_input(),
+                io.Int.Input("seed", default=0, min=0, max=SEED_MAX, control_after_generate=True, tooltip="Seed of the noise that is put on the crop while it is aligned."),
+            ],
+            outputs=[io.Mask.Output("correspondence_map", tooltip="The raw map over the reference's 16 x 16 tokens, sum 1.")],
+        )
+
+    @classmethod
+    def execute(cls, model, crop, crop_mask, encoded_reference, layer, timestep, noise_level, seed) -> io.NodeOutput:
+        batch = together(crop=pictures(crop), crop_mask=masks(crop_mask, crop, "crop mask", "crop"), encoded_reference=encoded_reference)
+        network = on_device(model)
+        maps = [
+            align(
+                network, model_crop(picture, mask, network), encoded(reference, network),
+                layer=none_below_zero(layer), timestep=none_below_zero(timestep), noise_level=none_below_zero(noise_level), seed=seed,
+            )
+            for picture, mask, reference in batch
+        ]
+        return io.NodeOutput(delivered(maps))
+
+
+class PostProcess(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RBA_PostProcess",
+            display_name="Post-process Correspondence",
+            category=CATEGORY,
+            description="Turns the raw map of Align into the matched region of the reference: removes border noise, thresholds, keeps the largest blob.",
+            search_aliases=["rba post-process", "matched region", "clean correspondence map", "largest blob"],
+            inputs=[
+                io.Mask.Input("correspondence_map", tooltip="The raw map, from Align."),
+                Reference.Input("encoded_reference", tooltip="The reference that was aligned with."),
+                *cleaning_inputs(),
+                margin_input(),
+                on_flat_input(),
+            ],
+            outputs=[
+                io.Mask.Output("matched_region", tooltip="What corresponds to the masked part, at the reference's size."),
+                io.Mask.Output("guide_mask", tooltip="The same widened by margin, within the object: the mask for the Encode Reference that guides Refine Crop."),
+                io.BoundingBox.Output("bounding_box", tooltip="The box around the matched region, in pixels of the reference."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, correspondence_map, encoded_reference, threshold, peak_support, flatness, margin, on_flat) -> io.NodeOutput:
+        settings = CleaningSettings(threshold, peak_support, flatness)
+        regions, guides, boxes = [], [], []
+        for raw, reference in together(correspondence_map=correspondence_map, encoded_reference=encoded_reference):
+            whole = encoded(reference)
+            if raw.shape != (whole.tokens, whole.tokens):
+                raise InputError("correspondence map", f"is {raw.shape[1]} x {raw.shape[0]}, not {whole.tokens} x {whole.tokens}", "connect the raw map of Align")
+            try:
+                region = clean(raw.cpu().float(), whole, settings)
+                found = region.mask, grow(region, margin) * whole.mask, region.box
+            except InputError:
+                if on_flat == "error":
+                    raise
+                found = whole.mask, whole.mask, Box.around(whole.mask)
+            for results, result in zip((regions, guides, boxes), found):
+                results.append(result)
+        return io.NodeOutput(delivered(regions), delivered(guides), boxes_out(boxes))

@@ -1,0 +1,97 @@
+"""Where models and the sample come from."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+
+import folder_paths
+import numpy as np
+import torch
+from comfy import model_management
+from comfy.model_patcher import ModelPatcher
+from PIL import Image
+
+from ..rba_core.model import PRETRAINED
+from ..rba_core.model import RefineByAlign as Network
+from .api import io
+from .types import CATEGORY, Model, RefineByAlignModel, delivered
+
+FOLDER = "refine_by_align"
+SAMPLE = Path(__file__).parent.parent / "rba_core" / "sample"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+# a model is a folder, as in core's "diffusers"; without this entry every file in it would be listed as one
+folder_paths.folder_names_and_paths[FOLDER] = (folder_paths.get_folder_paths(FOLDER), {"folder"})
+
+
+def model_folders() -> dict[str, str]:
+    """Name -> folder of every model: the shipped ones, then those under `models/refine_by_align`."""
+    found = {}
+    for root in [str(PRETRAINED), *folder_paths.get_folder_paths(FOLDER)]:
+        for config in sorted(glob.glob("*/config.json", root_dir=root)):
+            name = os.path.dirname(config)
+            found.setdefault(name, os.path.join(root, name))
+    return found
+
+
+class LoadModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RBA_LoadModel",
+            display_name="Load Refine-by-Align Model",
+            category=CATEGORY,
+            description="Loads a Refine-by-Align model: rba-tiny, which comes with the pack, or a model folder from models/refine_by_align.",
+            search_aliases=["rba", "refine by align loader", "load rba", "reference repair model"],
+            inputs=[
+                io.Combo.Input("model_name", options=list(model_folders()), tooltip="rba-tiny comes with the pack. Other models are folders with a config.json in models/refine_by_align."),
+                io.Combo.Input(
+                    "dtype", options=["auto", *DTYPES], default="auto", advanced=True,
+                    tooltip="Precision of the weights and the computation. auto: fp16 where the device is faster with it, else fp32.",
+                ),
+                io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True, tooltip="default: the device that ComfyUI computes on."),
+            ],
+            outputs=[Model.Output("model", tooltip="The model, for every other Refine by Align node.")],
+        )
+
+    @classmethod
+    def execute(cls, model_name, dtype, device) -> io.NodeOutput:
+        load_device, offload_device = model_management.get_torch_device(), model_management.unet_offload_device()
+        if device == "cpu":
+            load_device = offload_device = torch.device("cpu")
+        network = Network.load(model_folders()[model_name])
+        if dtype == "auto":
+            parameters = sum(weight.numel() for weight in network.parameters())
+            # not bf16: its 8 bits of mantissa show in decoded pixels
+            weights = model_management.unet_dtype(load_device, parameters, supported_dtypes=[torch.float16, torch.float32])
+        else:
+            weights = DTYPES[dtype]
+        network.to(offload_device, weights)
+        return io.NodeOutput(ModelPatcher(RefineByAlignModel(network), load_device=load_device, offload_device=offload_device))
+
+
+class Sample(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RBA_Sample",
+            display_name="Refine-by-Align Sample",
+            category=CATEGORY,
+            description="The sample that comes with the pack, to try the nodes without pictures of your own.",
+            search_aliases=["rba sample", "example image", "demo"],
+            outputs=[
+                io.Image.Output("image", tooltip="A picture with a part that came out wrong."),
+                io.Mask.Output("mask", tooltip="White over the wrong part."),
+                io.Image.Output("reference", tooltip="A photo of the same object as it should be."),
+                io.Mask.Output("reference_mask", tooltip="White over the object in the reference."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        read = {name: np.asarray(Image.open(SAMPLE / f"{name}.png").convert(mode)) for name, mode in
+                (("image", "RGB"), ("mask", "L"), ("reference", "RGB"), ("reference_mask", "L"))}
+        return io.NodeOutput(*(delivered([torch.from_numpy(pixels.astype(np.float32) / 255)]) for pixels in read.values()))

@@ -1,0 +1,205 @@
+"""Stage two, step by step, and both stages in one node."""
+
+from __future__ import annotations
+
+import torch
+
+from ..rba_core.pipeline import Settings, refine_by_align
+from ..rba_core.postprocessing import CleaningSettings
+from ..rba_core.refinement import SCHEDULERS, refine
+from ..rba_core.stitch import stitch
+from ..rba_core.zoom_crop import zoom_crop
+from .alignment import SEED_MAX, cleaning_inputs, layer_input, margin_input, noise_level_input, none_below_zero, on_flat_input, timestep_input
+from .api import io
+from .types import (
+    CATEGORY, BatchProgress, Model, Reference, boxes_in, boxes_out, delivered, encoded, image_of, masks, model_crop, on_device, pictures, put_back, together,
+)
+
+# io.BoundingBox.Input is a widget; force_input is younger than the type
+BoundingBoxSocket = io.Custom("BOUNDING_BOX")
+
+
+def sampling_inputs():
+    return [
+        io.Int.Input(
+            "seed", default=0, min=0, max=SEED_MAX, control_after_generate=True,
+            tooltip="Seed of the noise that the redrawing starts from. The same seed gives the same result; change it to get another try.",
+        ),
+        io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Denoising steps. 0: the model's own number."),
+        io.Float.Input(
+            "guidance", default=0.0, min=0.0, max=20.0, step=0.1,
+            tooltip="Classifier-free guidance: how strongly the reference is followed. 1 turns it off and halves the time. 0: the model's own value.",
+        ),
+        io.Combo.Input("scheduler", options=["default", *SCHEDULERS], default="default", advanced=True, tooltip="The sampling method. default: the model's own."),
+    ]
+
+
+def context_input(name: str = "context", crop: str = "crop"):
+    return io.Float.Input(
+        name, default=0.0, min=0.0, max=20.0, step=0.1, advanced=True,
+        tooltip=f"Side of the {crop} in sides of the mask: 2 shows as much again around it. 0: the model's own.",
+    )
+
+
+def stitching_inputs():
+    return [
+        io.Float.Input("feather", default=3.0, min=0.0, max=100.0, step=0.5, advanced=True, tooltip="Width of the blend at the mask's edge, in pixels of the image, inside the mask."),
+        io.Boolean.Input("colour_match", default=True, advanced=True, tooltip="Shift the redrawn part's tone to agree with what surrounds it."),
+    ]
+
+
+class ZoomCrop(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RBA_ZoomCrop",
+            display_name="Zoom-in Crop",
+            category=CATEGORY,
+            description="Cuts a square around the mask and scales it to the model's resolution, so that a small part is seen large.",
+            search_aliases=["rba crop", "crop around mask", "zoom in", "inpaint crop"],
+            inputs=[
+                Model.Input("model", tooltip="Sets the resolution of the crop."),
+                io.Image.Input("image", tooltip="The image with the wrong part."),
+                io.Mask.Input("mask", tooltip="White over the wrong part; same size as the image."),
+                io.Combo.Input("purpose", options=["refinement", "alignment"], tooltip="What the crop is for: the model has a context of its own for each."),
+                context_input(),
+            ],
+            outputs=[
+                io.Image.Output("crop", tooltip="The crop at the model's resolution."),
+                io.Mask.Output("crop_mask", tooltip="The mask in the crop."),
+                io.BoundingBox.Output("bounding_box", tooltip="Where the crop stands in the image, in pixels; may reach over its border. For Stitch."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, image, mask, purpose, context) -> io.NodeOutput:
+        network = model.model.network
+        context = context or (network.config.context if purpose == "refinement" else network.config.alignment_context)
+        batch = together(image=pictures(image), mask=masks(mask, image))
+        crops = [zoom_crop(picture, part, network.config.image_size, context=context, multiple=network.stride) for picture, part in batch]
+        return io.NodeOutput(delivered([image_of(crop.image) for crop in crops]), delivered([crop.mask for crop in crops]), boxes_out([crop.box for crop in crops]))
+
+
+class Refine(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RBA_Refine",
+            display_name="Refine Crop",
+            category=CATEGORY,
+            description="Redraws the masked part of a crop from the matched region of the reference.",
+            search_aliases=["rba refine", "reference inpaint", "redraw crop"],
+            inputs=[
+                Model.Input("model", tooltip="The model that encoded the reference."),
+                io.Image.Input("crop", tooltip="The crop around the wrong part, from Zoom-in Crop (purpose: refinement)."),
+                io.Mask.Input("crop_mask", tooltip="White over the wrong part of the crop, from Zoom-in Crop."),
+                Reference.Input("encoded_reference", tooltip="The matched region, from Encode Reference with the guide mask of Post-process."),
+                *sampling_inputs(),
+            ],
+            outputs=[io.Image.Output("redrawn", tooltip="The crop with the masked part redrawn, for Stitch.")],
+        )
+
+    @classmethod
+    def execute(cls, model, crop, crop_mask, encoded_reference, seed, steps, guidance, scheduler) -> io.NodeOutput:
+        batch = together(crop=pictures(crop), crop_mask=masks(crop_mask, crop, "crop mask", "crop"), encoded_reference=encoded_reference)
+        network = on_device(model)
+        progress = BatchProgress(len(batch))
+        redrawn = [
+            refine(
+                network, model_crop(picture, mask, network), encoded(reference, network), steps=steps or None, guidance=guidance or None,
+                scheduler=None if scheduler == "default" else scheduler, seed=seed, progress=progress.of(index),
+            )
+            for index, (picture, mask, reference) in enumerate(batch)
+        ]
+        return io.NodeOutput(delivered([image_of(picture) for picture in redrawn]))
+
+
+class Stitch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RBA_Stitch",
+            display_name="Stitch",
+            category=CATEGORY,
+            description="Puts a redrawn crop back into its image. Not one pixel outside the mask changes.",
+            search_aliases=["rba stitch", "paste back", "inpaint stitch", "uncrop"],
+            inputs=[
+                io.Image.Input("image", tooltip="The image that the crop was cut from."),
+                io.Mask.Input("mask", tooltip="White over the wrong part; same size as the image."),
+                io.Image.Input("redrawn", tooltip="The redrawn crop, from Refine Crop; any size, it is resampled to the box."),
+                BoundingBoxSocket.Input("bounding_box", tooltip="Where the crop stands in the image, from Zoom-in Crop.", extra_dict={"forceInput": True}),
+                *stitching_inputs(),
+            ],
+            outputs=[io.Image.Output("refined", tooltip="The image with the masked part replaced.")],
+        )
+
+    @classmethod
+    def execute(cls, image, mask, redrawn, bounding_box, feather, colour_match) -> io.NodeOutput:
+        batch = together(image=image, mask=masks(mask, image), redrawn=pictures(redrawn), bounding_box=boxes_in(bounding_box))
+        stitched = [
+            put_back(stitch(pictures(whole[None])[0], part, crop, box, feather=feather, colour_match=colour_match), part, whole)
+            for whole, part, crop, box in batch
+        ]
+        return io.NodeOutput(delivered(stitched, image.dtype))
+
+
+class RefineByAlign(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RBA_RefineByAlign",
+            display_name="Refine by Align",
+            category=CATEGORY,
+            essentials_category="Image Tools",
+            description=(
+                "Puts right what an image generator got wrong - logos, printed text, badges, patterns - from a reference photo: "
+                "finds the part of the reference that corresponds to the mask and redraws only what is masked."
+            ),
+            search_aliases=["rba", "fix logo", "fix text", "artifact repair", "reference guided inpainting", "detail restore", "product photo"],
+            inputs=[
+                Model.Input("model", tooltip="From Load Refine-by-Align Model."),
+                io.Image.Input("image", tooltip="The image with the wrong part. Alpha and everything outside the mask stay as they are."),
+                io.Mask.Input("mask", tooltip="White over the wrong part; same size as the image. Parts that lie apart are redrawn one by one."),
+                io.Image.Input("reference", tooltip="A photo of the object as it should be, of any size. One for all images, or one for each."),
+                io.Mask.Input("reference_mask", optional=True, tooltip="White over the object in the reference. Without it the whole picture counts as the object."),
+                *sampling_inputs(),
+                on_flat_input(),
+                io.Boolean.Input("single_stage", default=False, advanced=True, tooltip="Skip the alignment: the whole reference guides the redrawing."),
+                io.Boolean.Input("one_crop", default=False, advanced=True, tooltip="Redraw parts of the mask that lie apart in one crop, not one by one."),
+                layer_input(),
+                timestep_input(),
+                noise_level_input(),
+                *cleaning_inputs(),
+                margin_input(),
+                context_input("alignment_context", "crop that is aligned"),
+                context_input("context", "crop that is redrawn"),
+                *stitching_inputs(),
+            ],
+            outputs=[
+                io.Image.Output("refined", tooltip="The image with the masked part replaced."),
+                io.Mask.Output("matched_region", tooltip="What the model found in the reference, at the reference's size; all of the object where it was used whole."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, image, mask, reference, seed, steps, guidance, scheduler, on_flat, single_stage, one_crop, layer, timestep, noise_level,
+        threshold, peak_support, flatness, margin, alignment_context, context, feather, colour_match, reference_mask=None,
+    ) -> io.NodeOutput:
+        reference_mask = torch.ones(reference.shape[:3]) if reference_mask is None else masks(reference_mask, reference, "reference mask", "reference")
+        batch = together(image=image, mask=masks(mask, image), reference=pictures(reference), reference_mask=reference_mask)
+        settings = Settings(
+            single_stage=single_stage, on_flat=on_flat, one_crop=one_crop,
+            layer=none_below_zero(layer), timestep=none_below_zero(timestep), noise_level=none_below_zero(noise_level),
+            cleaning=CleaningSettings(threshold, peak_support, flatness), alignment_context=alignment_context or None, region_margin=margin,
+            steps=steps or None, guidance=guidance or None, scheduler=None if scheduler == "default" else scheduler,
+            context=context or None, feather=feather, colour_match=colour_match,
+        )
+        network = on_device(model)
+        progress = BatchProgress(len(batch))
+        refined, matched = [], []
+        for index, (whole, part, guide, object_mask) in enumerate(batch):
+            result = refine_by_align(network, pictures(whole[None])[0], part, guide, object_mask, settings=settings, seed=seed, progress=progress.of(index))
+            refined.append(put_back(result.image, part, whole))
+            matched.append(torch.stack([object_mask if region is None else region.mask for region in result.regions]).amax(0))
+        return io.NodeOutput(delivered(refined, image.dtype), delivered(matched))

@@ -1,0 +1,83 @@
+import builtins
+
+import numpy as np
+import pytest
+import torch
+
+from rba_core.bench import methods, metrics
+from rba_core.bench.dataset import BenchmarkSet
+from rba_core.data.textures import product_texture
+from rba_core.errors import InputError
+from rba_core.geometry import Box
+from rba_core.pipeline import Refined
+from rba_core.postprocessing import MatchedRegion
+
+
+def region(y, x):
+    mask = torch.zeros(192, 192)
+    mask[y : y + 10, x : x + 10] = 1
+    return MatchedRegion(mask, Box(x, y, 10, 10), 0.5 * mask)
+
+
+@pytest.fixture
+def pipeline(monkeypatch):
+    """Stands in for the two-stage pipeline: paints the mask grey, keeps how it was called."""
+    calls = []
+
+    def stub(model, image, mask, reference, reference_mask, *, settings, seed):
+        calls.append((settings, seed))
+        return Refined(torch.where(mask > 0.5, 0.5, image), stub.regions)
+
+    stub.regions, stub.calls = [None], calls
+    monkeypatch.setattr(methods, "refine_by_align", stub)
+    return stub
+
+
+def test_refine_unites_the_regions(small_set, pipeline):
+    pipeline.regions = [region(0, 0), region(50, 30)]
+    outcome = methods.refine(BenchmarkSet(small_set)[0], object(), 7)
+    assert outcome.region.box == Box(0, 0, 40, 60) and outcome.region.mask.sum() == 200
+    assert not outcome.fell_back
+    settings, seed = pipeline.calls[0]
+    assert settings.on_flat == "single-stage" and not settings.single_stage and seed == 7
+
+
+def test_refine_tells_that_it_fell_back(small_set, pipeline):
+    item = BenchmarkSet(small_set)[0]
+    outcome = methods.refine(item, object(), 0)
+    assert outcome.fell_back and outcome.region is None
+    pipeline.regions = [region(0, 0), None]
+    outcome = methods.refine(item, object(), 0)
+    assert outcome.fell_back and outcome.region.box == Box(0, 0, 10, 10)
+
+
+def test_single_stage_does_not_align(small_set, pipeline):
+    outcome = methods.single_stage(BenchmarkSet(small_set)[0], object(), 0)
+    assert outcome.region is None and not outcome.fell_back
+    assert pipeline.calls[0][0].single_stage
+
+
+def test_telea_fills_the_hole_and_nothing_else(small_set):
+    pytest.importorskip("cv2")
+    texture = torch.from_numpy(product_texture(np.random.default_rng(3), 192).copy()).permute(2, 0, 1)[:3].float() / 255
+    item = BenchmarkSet(small_set)[0]
+    item = methods.Item(item.id, item.task, {}, texture, item.mask, item.reference)
+    filled = methods.telea(item, None, 0).image
+    outside = item.mask < 0.5
+    assert torch.equal(filled[:, outside], texture[:, outside])
+    assert metrics.outside_changed_pixels(filled, texture, item.mask) == 0
+    assert not torch.equal(filled, texture)
+    assert metrics.hp_ssim(filled, texture, item.mask) < 0.9 < metrics.hp_ssim(texture, texture, item.mask)
+
+
+def test_telea_without_opencv(small_set, monkeypatch):
+    real = builtins.__import__
+
+    def missing(name, *arguments, **keywords):
+        if name == "cv2":
+            raise ImportError(name)
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(InputError, match=r'pip install "refine-by-align\[bench\]"'):
+        methods.telea(BenchmarkSet(small_set)[0], None, 0)

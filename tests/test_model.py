@@ -1,0 +1,313 @@
+import json
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Dinov2Config
+
+from rba_core import model as model_module
+from rba_core.alignment import cross_attentions
+from rba_core.autoencoder import BlockAutoencoder
+from rba_core.errors import InputError
+from rba_core.model import Encoder, ModelConfig, RefineByAlign
+from rba_core.pipeline import refine_by_align
+
+TINY_DINOV2 = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=14)
+
+
+def parameters(*modules) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+@pytest.fixture
+def copied(model_folder, tmp_path):
+    """A model folder to damage."""
+    return shutil.copytree(model_folder, tmp_path / "copied")
+
+
+def refused(folder) -> str:
+    with pytest.raises(InputError) as caught:
+        RefineByAlign.load(folder)
+    assert caught.value.name in ("model", "unet config")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_model_loaded_again_has_the_same_weights_config_and_outputs(every_model, scene, tmp_path):
+    every_model.save(tmp_path / "saved")
+    loaded = RefineByAlign.load(tmp_path / "saved")
+    assert loaded.config == every_model.config
+    assert not loaded.training
+    state = loaded.state_dict()
+    assert state.keys() == every_model.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in every_model.state_dict().items())
+    inputs = scene.image, scene.mask, scene.reference, scene.reference_mask
+    images = [refine_by_align(m, *inputs).image for m in (loaded, every_model)]
+    assert torch.allclose(*images, atol=1e-4)  # where its weights stand in memory decides on the last bits
+
+
+def test_a_convolutional_stem_comes_back_too(make_model, tmp_path):
+    plain = make_model()
+    encoder = Encoder(Dinov2Config(**TINY_DINOV2, stem=8))
+    stemmed = RefineByAlign(plain.config, plain.vae, plain.unet, encoder, plain.scheduler).eval()
+    stemmed.save(tmp_path / "stemmed")
+    loaded = RefineByAlign.load(tmp_path / "stemmed")
+    picture = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        tokens = stemmed.tokens(picture)
+        assert tokens.shape == (1, 256, 32)
+        assert torch.allclose(loaded.tokens(picture), tokens, atol=1e-4)
+        assert not torch.allclose(loaded.tokens(picture), plain.tokens(picture), atol=1e-2)
+
+
+def test_a_block_autoencoder_comes_back_too(make_model, tmp_path):
+    plain = make_model()
+    vae = BlockAutoencoder(luma=2, chroma=1, width=4, latent_channels=4)
+    torch.nn.init.normal_(vae.residual[-2].weight)
+    vae.fit_scale(torch.rand(4, 3, 64, 64) * 2 - 1)
+    model = RefineByAlign(plain.config, vae, plain.unet, plain.encoder, plain.scheduler).eval()
+    model.save(tmp_path / "blocks")
+    loaded = RefineByAlign.load(tmp_path / "blocks")
+    assert isinstance(loaded.vae, BlockAutoencoder) and loaded.stride == model.stride == 8
+    picture = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(loaded.encode_image(picture), model.encode_image(picture), atol=1e-5)
+        assert torch.allclose(loaded.decode_latents(torch.ones(1, 4, 8, 8)), model.decode_latents(torch.ones(1, 4, 8, 8)), atol=1e-5)
+
+
+@pytest.mark.parametrize("mlp", [{}, {"use_swiglu_ffn": True}], ids=["", "gated, as giant"])
+def test_an_encoder_with_the_names_that_published_dinov2_weights_have_is_read(make_model, tmp_path, mlp):
+    """transformers 4 writes these names, 5 has others for the same weights and translates them for its own classes."""
+    plain = make_model()
+    encoder = Encoder(Dinov2Config(**TINY_DINOV2, **mlp))
+    model = RefineByAlign(plain.config, plain.vae, plain.unet, encoder, plain.scheduler).eval()
+    model.save(tmp_path / "m")
+    published = {}
+    for name, value in encoder.state_dict().items():
+        for ours, theirs in (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value"), ("o_proj", "output.dense"), ("down_proj", "weights_out")):
+            name = name.replace(ours, theirs)
+        if "up_proj" in name:
+            continue
+        if "gate_proj" in name:
+            value = torch.cat([value, encoder.state_dict()[name.replace("gate_proj", "up_proj")]])
+            name = name.replace("gate_proj", "weights_in")
+        published[name] = value.contiguous()
+    assert "encoder.layer.0.attention.attention.query.weight" in published
+    save_file(published, tmp_path / "m" / "encoder" / "model.safetensors", metadata={"format": "pt"})
+    picture = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.allclose(RefineByAlign.load(tmp_path / "m").tokens(picture), model.tokens(picture), atol=1e-4)
+
+
+def test_a_half_precision_model_is_half_the_size_and_loads_in_any_precision(make_model, tmp_path):
+    model = make_model.__wrapped__()
+    model.half().save(tmp_path / "half")
+    stored = sum(value.nbytes for file in (tmp_path / "half").rglob("*.safetensors") for value in load_file(file).values())
+    assert stored <= 2 * parameters(model) + 64
+    assert RefineByAlign.load(tmp_path / "half").dtype == torch.float32
+    assert RefineByAlign.load(tmp_path / "half", dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_bfloat16_on_the_cpu_works(model_folder, scene):
+    model = RefineByAlign.load(model_folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    result = refine_by_align(model, scene.image, scene.mask, scene.reference, scene.reference_mask).image
+    outside = scene.mask < 0.5
+    assert torch.equal(result[:, outside], scene.image[:, outside]) and torch.isfinite(result).all()
+
+
+def test_saving_over_a_model_replaces_it_whole(model, make_model, tmp_path):
+    model.save(tmp_path / "m")
+    (tmp_path / "m" / "left over").write_text("of the old one")
+    other = make_model(6, "v_prediction")
+    other.save(tmp_path / "m")
+    assert RefineByAlign.load(tmp_path / "m").config == other.config
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert not (tmp_path / "m" / "left over").exists()
+
+
+def test_a_save_that_fails_leaves_the_old_model_and_no_litter(model, tmp_path, monkeypatch):
+    model.save(tmp_path / "m")
+    before = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_module, "save_file", full_disk)
+    with pytest.raises(OSError):
+        model.save(tmp_path / "m")
+    assert {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_saved_folder_can_be_read_by_others_like_any_new_folder(model, tmp_path):
+    (tmp_path / "plain").mkdir()
+    model.save(tmp_path / "m")
+    assert (tmp_path / "m").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_saving_and_loading_are_silent(model, tmp_path, capfd):
+    model.save(tmp_path / "m")
+    RefineByAlign.load(tmp_path / "m")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_saving_creates_the_folders_above(model, tmp_path):
+    model.save(tmp_path / "a" / "b" / "m")
+    assert (tmp_path / "a" / "b" / "m" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("source", ["no-such-model", "/no/such/folder", ""])
+def test_an_unknown_model_is_refused(source):
+    assert "neither a model folder nor a shipped model" in refused(source)
+
+
+def test_a_folder_without_config_is_refused(copied):
+    (copied / "config.json").unlink()
+    assert str(copied) in refused(copied)
+
+
+FILES = [
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "encoder/config.json",
+    "encoder/model.safetensors",
+    "scheduler/scheduler_config.json",
+    "projector.safetensors",
+]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_file_is_told_in_one_line(copied, file):
+    (copied / file).unlink()
+    assert str(copied) in refused(copied)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_cut_short_is_told_in_one_line(copied, file):
+    whole = (copied / file).read_bytes()
+    (copied / file).write_bytes(whole[: len(whole) // 2])
+    assert str(copied) in refused(copied)
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.endswith("safetensors")])
+def test_an_empty_weight_file_is_told_in_one_line(copied, file):
+    (copied / file).write_bytes(b"")
+    assert str(copied) in refused(copied)
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.endswith("safetensors")])
+def test_a_tensor_of_another_shape_is_told_in_one_line(copied, file):
+    state = load_file(copied / file)
+    name = next(name for name, value in state.items() if value.ndim >= 2)
+    state[name] = torch.zeros(*state[name].shape[:-1], state[name].shape[-1] + 1)
+    save_file(state, copied / file)
+    assert str(copied) in refused(copied)
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.endswith("safetensors")])
+def test_a_missing_tensor_is_told_and_not_replaced_by_a_random_one(copied, file):
+    state = load_file(copied / file)
+    state.pop(sorted(state)[-1])
+    save_file(state, copied / file)
+    assert str(copied) in refused(copied)
+
+
+def test_the_unet_of_another_model_is_refused(copied, make_model, tmp_path):
+    make_model(6).save(tmp_path / "other")
+    shutil.rmtree(copied / "unet")
+    shutil.copytree(tmp_path / "other" / "unet", copied / "unet")
+    assert "has 15 input channels; this model's parts need 9" in refused(copied)
+
+
+def test_the_projector_of_another_model_is_refused(copied, make_model, tmp_path):
+    make_model(6).save(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "projector.safetensors", copied / "projector.safetensors")
+    assert "projector.safetensors has other keys" in refused(copied)
+
+
+def test_unknown_settings_are_named(copied):
+    settings = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(settings | {"image_scale": 3}))
+    assert "unknown keys ['image_scale']" in refused(copied)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b'"rba-tiny"', b'{"image_size": 64,}', b"\xff\xfe"])
+def test_a_config_that_is_not_a_json_object_is_refused(copied, text):
+    (copied / "config.json").write_bytes(text)
+    assert str(copied) in refused(copied)
+
+
+def test_settings_left_out_take_their_defaults(copied):
+    (copied / "config.json").write_text(json.dumps({"image_size": 64}))
+    assert asdict(RefineByAlign.load(copied).config) == asdict(ModelConfig(image_size=64))
+
+
+def test_an_unknown_config_is_refused():
+    with pytest.raises(InputError, match="model config: 'sdxl' is not known; use one of rba-tiny, sd1x"):
+        RefineByAlign.from_config("sdxl")
+
+
+def test_parts_that_do_not_fit_are_refused(make_model):
+    plain, features = make_model(0), make_model(6)
+    with pytest.raises(InputError, match="unet config: has 15 input channels; this model's parts need 9"):
+        RefineByAlign(plain.config, plain.vae, features.unet, plain.encoder, plain.scheduler)
+
+
+@pytest.fixture(scope="module")
+def sd1x() -> RefineByAlign:
+    with torch.device("meta"):
+        return RefineByAlign.from_config("sd1x")
+
+
+def test_sd1x_has_the_parts_of_stable_diffusion_1(sd1x):
+    unet, vae = sd1x.unet, sd1x.vae
+    inpainting_channels = 5 * 320 * 9  # the first convolution reads 9 channels, not 4
+    assert parameters(unet) == 859_520_964 + inpainting_channels
+    assert parameters(vae) == 83_653_863
+    assert unet.config.in_channels == 9 and unet.config.out_channels == 4
+    assert unet.conv_in.weight.shape == (320, 9, 3, 3)
+    assert len(cross_attentions(unet)) == 16
+    assert {(a.to_k.in_features, a.to_v.in_features, a.heads) for a in cross_attentions(unet)} == {(768, 768, 8)}
+    assert [a.to_q.in_features for a in cross_attentions(unet)] == [320] * 2 + [640] * 2 + [1280] * 6 + [640] * 3 + [320] * 3
+    assert sd1x.stride == 8 and sd1x.config.image_size == 512
+
+
+def test_sd1x_reads_dinov2_giant(sd1x):
+    assert parameters(sd1x.encoder) == 1_136_480_768
+    assert sd1x.encoder_size == 224
+    assert [tuple(p.shape) for p in sd1x.projector.parameters() if p.ndim == 2] == [(768, 1536), (768, 768)]
+
+
+def test_sd1x_starts_its_50_steps_at_981_as_stable_diffusion_does(sd1x):
+    assert [int(sd1x.noise_step(t)) for t in (0, 1, 49)] == [981, 961, 1]
+
+
+def test_rba_tiny_has_the_same_topology_and_stays_small():
+    with torch.device("meta"):
+        tiny = RefineByAlign.from_config("rba-tiny")
+    assert len(cross_attentions(tiny.unet)) == 16
+    assert parameters(tiny) <= 20e6
+    assert tiny.stride == 8 and tiny.encoder_size == 224
+
+
+def test_pictures_are_normalised_as_dinov2_expects():
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normalised = model_module.imagenet_normalised(torch.stack([mean, mean + std])[..., None, None])
+    assert torch.allclose(normalised.flatten(1), torch.tensor([[0.0] * 3, [1.0] * 3]), atol=1e-6)
+
+
+def test_latents_are_scaled_and_decoded_back(make_model):
+    model = make_model.__wrapped__()
+    picture = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        latents = model.encode_image(picture)
+        decoded = model.decode_latents(latents)
+        model.vae.register_to_config(scaling_factor=2 * model.vae.config.scaling_factor)
+        assert torch.allclose(model.encode_image(picture), 2 * latents)
+        assert torch.allclose(model.decode_latents(2 * latents), decoded, atol=1e-6)
+    assert latents.shape == (1, 4, 8, 8)
+    assert decoded.dtype == torch.float32 and decoded.min() >= 0 and decoded.max() <= 1

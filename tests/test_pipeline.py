@@ -1,0 +1,242 @@
+from dataclasses import fields
+
+import pytest
+import torch
+
+import rba_core.pipeline as pipeline
+from rba_core.errors import InputError
+from rba_core.geometry import Box
+from rba_core.pipeline import Settings, check_inputs, grow, refine_by_align
+from rba_core.postprocessing import MatchedRegion
+
+
+def run(model, scene, **changes):
+    settings = {f.name: changes.pop(f.name) for f in fields(Settings) if f.name in changes}
+    mask = changes.pop("mask", scene.mask)
+    return refine_by_align(model, scene.image, mask, scene.reference, scene.reference_mask, settings=Settings(**settings), **changes)
+
+
+@pytest.fixture
+def three_artifacts(scene):
+    mask = torch.zeros_like(scene.mask)
+    mask[0:9, 0:12] = mask[70:96, 118:130] = mask[40:52, 50:71] = 1  # two of them at the border
+    return mask
+
+
+def test_outside_the_mask_the_result_equals_the_image_bit_for_bit(every_model, scene):
+    before = scene.image.clone()
+    result = run(every_model, scene).image
+    outside = scene.mask < 0.5
+    assert result.shape == scene.image.shape and result.dtype == scene.image.dtype
+    assert torch.equal(result[:, outside], before[:, outside])
+    assert not torch.equal(result[:, ~outside], before[:, ~outside])
+    assert result.min() >= 0 and result.max() <= 1
+
+
+@pytest.mark.parametrize("one_crop", [False, True])
+def test_several_artifacts_are_redrawn_and_nothing_else(model, scene, three_artifacts, one_crop):
+    result = run(model, scene, mask=three_artifacts, one_crop=one_crop)
+    outside = three_artifacts < 0.5
+    assert torch.equal(result.image[:, outside], scene.image[:, outside])
+    for box in (Box(0, 0, 12, 9), Box(118, 70, 12, 26), Box(50, 40, 21, 12)):
+        assert not torch.equal(box.crop(result.image), box.crop(scene.image))
+    assert len(result.regions) == (1 if one_crop else 3)
+
+
+def test_a_mask_as_wide_as_the_picture_works(model, scene):
+    mask = torch.zeros_like(scene.mask)
+    mask[20:90] = 1
+    result = run(model, scene, mask=mask).image
+    assert torch.equal(result[:, :20], scene.image[:, :20]) and torch.equal(result[:, 90:], scene.image[:, 90:])
+    assert (result[:, 20:90] != scene.image[:, 20:90]).float().mean() > 0.9
+
+
+def test_a_soft_mask_counts_above_one_half(model, scene):
+    soft = scene.mask * 0.8 + 0.1
+    assert torch.equal(run(model, scene, mask=soft, feather=2.0).image, run(model, scene, feather=2.0).image)
+
+
+def test_one_region_an_artifact_on_the_object_and_at_the_references_size(model, scene, three_artifacts):
+    for region in run(model, scene, mask=three_artifacts).regions:
+        assert region.mask.shape == scene.reference.shape[-2:]
+        assert region.mask.any() and (region.mask <= scene.reference_mask).all()
+
+
+def test_the_steps_come_in_their_order(model, scene, monkeypatch):
+    ran = []
+    for name in ("check_inputs", "encode_reference", "align", "clean", "zoom_crop", "refine", "stitch"):
+        usual = getattr(pipeline, name)
+
+        def spy(*args, name=name, usual=usual, **kwargs):
+            ran.append(name)
+            return usual(*args, **kwargs)
+
+        monkeypatch.setattr(pipeline, name, spy)
+    run(model, scene)
+    assert ran == ["check_inputs", "encode_reference", "zoom_crop", "align", "clean", "encode_reference", "zoom_crop", "refine", "stitch"]
+    ran.clear()
+    run(model, scene, single_stage=True)
+    assert ran == ["check_inputs", "encode_reference", "zoom_crop", "refine", "stitch"]
+
+
+def spy_on_refine(monkeypatch) -> list:
+    guides = []
+    usual = pipeline.refine
+
+    def spy(model, crop, reference, **kwargs):
+        guides.append(reference)
+        return usual(model, crop, reference, **kwargs)
+
+    monkeypatch.setattr(pipeline, "refine", spy)
+    return guides
+
+
+def test_the_matched_region_guides_and_in_a_single_stage_the_whole_reference(model, scene, monkeypatch):
+    guides = spy_on_refine(monkeypatch)
+    found = run(model, scene)
+    whole = run(model, scene, single_stage=True)
+    assert found.regions[0] is not None and whole.regions == [None]
+    assert torch.equal(guides[0].mask, grow(found.regions[0], 0.12) * scene.reference_mask)
+    assert torch.equal(guides[1].mask, scene.reference_mask)
+    assert not torch.equal(found.image, whole.image)
+
+
+def test_a_flat_map_is_an_error_unless_the_whole_reference_may_take_over(make_model, scene, monkeypatch):
+    flat = make_model(sharpness=1.0)
+    with pytest.raises(InputError, match="alignment: gave a flat map"):
+        run(flat, scene)
+    guides = spy_on_refine(monkeypatch)
+    fallen_back = run(flat, scene, on_flat="single-stage")
+    assert fallen_back.regions == [None]
+    assert torch.equal(guides[0].mask, scene.reference_mask)
+    assert torch.equal(fallen_back.image, run(flat, scene, single_stage=True).image)
+
+
+def test_where_alignment_finds_something_on_flat_changes_nothing(model, scene):
+    assert torch.equal(run(model, scene).image, run(model, scene, on_flat="single-stage").image)
+
+
+def test_falling_back_does_not_swallow_other_errors(model, scene):
+    with pytest.raises(InputError, match="layer"):
+        run(model, scene, layer=99, on_flat="single-stage")
+
+
+def test_an_unknown_on_flat_is_refused(make_model, scene):
+    with pytest.raises(InputError, match="on.flat"):
+        run(make_model(sharpness=1.0), scene, on_flat="ignore")
+
+
+@pytest.mark.parametrize("name", ["context", "alignment_context"])
+def test_a_context_of_0_is_refused_and_not_taken_for_the_default(model, scene, name):
+    with pytest.raises(InputError, match="context"):
+        run(model, scene, **{name: 0.0})
+
+
+def test_no_input_is_modified(model, scene, three_artifacts):
+    inputs = scene.image, three_artifacts, scene.reference, scene.reference_mask
+    before = [tensor.clone() for tensor in inputs]
+    refine_by_align(model, *inputs)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(inputs, before))
+
+
+def test_the_model_is_not_modified(make_model, scene):
+    model = make_model.__wrapped__()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run(model, scene)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_same_seed_gives_the_same_image_and_another_seed_another(model, scene, three_artifacts):
+    first, again, other = (run(model, scene, mask=three_artifacts, seed=seed).image for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_without_a_reference_mask_the_whole_picture_is_the_object(model, scene):
+    everything = torch.ones(scene.reference.shape[-2:])
+    given = refine_by_align(model, scene.image, scene.mask, scene.reference, everything)
+    left_out = refine_by_align(model, scene.image, scene.mask, scene.reference)
+    assert torch.equal(given.image, left_out.image)
+
+
+def test_settings_reach_their_steps(model, scene, monkeypatch):
+    seen = {}
+    for name in ("align", "clean", "refine", "stitch"):
+        usual = getattr(pipeline, name)
+
+        def spy(*args, name=name, usual=usual, **kwargs):
+            seen[name] = args, kwargs
+            return usual(*args, **kwargs)
+
+        monkeypatch.setattr(pipeline, name, spy)
+    cleaning = pipeline.CleaningSettings(threshold=0.3, flatness=0.0)
+    run(model, scene, layer=8, timestep=3, cleaning=cleaning, steps=2, guidance=1.0, scheduler="euler", feather=1.0, colour_match=False, seed=4)
+    assert {k: seen["align"][1][k] for k in ("layer", "timestep", "noise_level", "seed")} == dict(layer=8, timestep=3, noise_level=None, seed=4)
+    assert seen["clean"][0][2] is cleaning
+    assert {k: seen["refine"][1][k] for k in ("steps", "guidance", "scheduler", "seed")} == dict(steps=2, guidance=1.0, scheduler="euler", seed=4)
+    assert seen["stitch"][1] == dict(feather=1.0, colour_match=False)
+
+
+def test_the_two_crops_have_their_own_contexts(model, scene, monkeypatch):
+    boxes = []
+    usual = pipeline.zoom_crop
+
+    def spy(*args, **kwargs):
+        boxes.append(usual(*args, **kwargs).box.width)
+        return usual(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "zoom_crop", spy)
+    run(model, scene)  # the mask is 29 wide: 3 times for alignment, 2 times for refinement, in eights
+    run(model, scene, alignment_context=1.0, context=1.5)
+    assert boxes == [88, 64, 32, 48]
+
+
+def test_progress_counts_through_all_artifacts(model, scene, three_artifacts):
+    told = []
+    run(model, scene, mask=three_artifacts, steps=2, progress=lambda done, total: told.append((done, total)))
+    assert told == [(n, 6) for n in range(1, 7)]
+
+
+def test_a_region_grows_by_a_share_of_its_longer_side():
+    mask = torch.zeros(60, 60)
+    mask[20:40, 25:35] = 1
+    region = MatchedRegion(mask, Box.around(mask), mask)
+    assert Box.around(grow(region, 0.1)) == Box(23, 18, 14, 24)
+    assert torch.equal(grow(region, 0.0), mask)
+
+
+GOOD = dict(image=torch.rand(3, 20, 30), mask=torch.zeros(20, 30).index_put((torch.tensor(3), torch.tensor(4)), torch.tensor(1.0)), reference=torch.rand(3, 25, 16), reference_mask=torch.ones(25, 16))
+
+BAD = {
+    "image: has shape": dict(image=torch.rand(20, 30)),
+    "image: has shape (4, 20, 30)": dict(image=torch.rand(4, 20, 30)),
+    "reference: has shape (1, 3, 25, 16)": dict(reference=torch.rand(1, 3, 25, 16)),
+    "image: is only 15 x 20 pixels": dict(image=torch.rand(3, 20, 15)),
+    "reference: is only 1 x 1 pixels": dict(reference=torch.rand(3, 1, 1)),
+    "image: holds NaN": dict(image=torch.full((3, 20, 30), float("nan"))),
+    "reference: holds NaN or infinite": dict(reference=torch.full((3, 25, 16), float("inf"))),
+    "image: has values from": dict(image=torch.rand(3, 20, 30) * 255),
+    "reference: has values from -1": dict(reference=-torch.ones(3, 25, 16)),
+    "mask: is 30 x 21, its image 30 x 20": dict(mask=torch.ones(21, 30)),
+    "mask: is 30 x 20 x 1, its image": dict(mask=torch.ones(1, 20, 30)),
+    "mask: is empty": dict(mask=torch.full((20, 30), 0.5)),
+    "mask: covers the whole image": dict(mask=torch.ones(20, 30)),
+    "mask: holds NaN": dict(mask=torch.full((20, 30), float("nan"))),
+    "reference mask: is 25 x 16, its reference 16 x 25": dict(reference_mask=torch.ones(16, 25)),
+    "reference mask: is empty": dict(reference_mask=torch.zeros(25, 16)),
+    "reference mask: holds NaN": dict(reference_mask=torch.full((25, 16), float("nan"))),
+}
+
+
+def test_good_inputs_pass():
+    check_inputs(**GOOD)
+    check_inputs(**GOOD | dict(reference_mask=None))
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_inputs_are_named_before_anything_runs(message):
+    with pytest.raises(InputError) as caught:
+        check_inputs(**GOOD | BAD[message])
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
