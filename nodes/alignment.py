@@ -1,4 +1,4 @@
-"""Stage one, step by step: encode the reference, align, clean."""
+"""Stage one, step by step: encode the reference, align, clean, register."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import torch
 
 from ..rba_core.alignment import align
 from ..rba_core.errors import InputError
-from ..rba_core.geometry import Box
-from ..rba_core.pipeline import grow
-from ..rba_core.postprocessing import CleaningSettings, clean
+from ..rba_core.geometry import Box, resize, resize_mask
+from ..rba_core.pipeline import Settings, grow, register
+from ..rba_core.postprocessing import CleaningSettings, MatchedRegion, clean
 from ..rba_core.reference_encoding import encode_reference
+from ..rba_core.zoom_crop import ZoomCrop
 from .api import io
-from .types import CATEGORY, Model, Reference, boxes_out, delivered, encoded, masks, model_crop, on_device, pictures, plain, together
+from .types import CATEGORY, Model, Reference, boxes_in, boxes_out, delivered, encoded, image_of, masks, model_crop, on_device, pictures, plain, together
 
 SEED_MAX = 0xFFFFFFFFFFFFFFFF
+
+# io.BoundingBox.Input is a widget; force_input is younger than the type
+BoundingBoxSocket = io.Custom("BOUNDING_BOX")
 
 
 def layer_input():
@@ -57,8 +61,15 @@ def cleaning_inputs():
 
 def margin_input():
     return io.Float.Input(
-        "margin", default=0.12, min=0.0, max=1.0, step=0.01, advanced=True,
+        "margin", default=Settings().region_margin, min=0.0, max=1.0, step=0.01, advanced=True,
         tooltip="How much the matched region is widened before it guides the refinement, in shares of its longer side.",
+    )
+
+
+def min_confidence_input():
+    return io.Float.Input(
+        "min_confidence", default=Settings().min_confidence, min=0.0, max=1.0, step=0.01, advanced=True,
+        tooltip="How well image and reference must agree around the mask for the registration to be used. Below it the matched region stays as aligned.",
     )
 
 
@@ -175,3 +186,58 @@ class PostProcess(io.ComfyNode):
             for results, result in zip((regions, guides, boxes), found):
                 results.append(result)
         return io.NodeOutput(delivered(regions), delivered(guides), boxes_out(boxes))
+
+
+class Register(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="RBA_Register",
+            display_name="Register",
+            category=CATEGORY,
+            description="Settles the matched region to the pixel: lays the reference over the crop so that both agree around the mask. Where they cannot, all stays as it was.",
+            search_aliases=["rba register", "registration", "collage", "warp reference", "align pictures"],
+            inputs=[
+                io.Image.Input("crop", tooltip="The crop around the wrong part, from Zoom-in Crop (purpose: refinement)."),
+                io.Mask.Input("crop_mask", tooltip="White over the wrong part of the crop, from Zoom-in Crop."),
+                BoundingBoxSocket.Input("bounding_box", tooltip="Where the crop stands in the image, from Zoom-in Crop.", extra_dict={"forceInput": True}),
+                io.Image.Input("image", tooltip="The image that the crop was cut from."),
+                io.Image.Input("reference", tooltip="The photo of the object, at its full size."),
+                io.Mask.Input("reference_mask", optional=True, tooltip="White over the object in the reference. Without it the whole picture counts as the object."),
+                io.Mask.Input("matched_region", tooltip="Where the search begins, from Post-process. A region that is all of the object is not registered."),
+                min_confidence_input(),
+                margin_input(),
+            ],
+            outputs=[
+                io.Image.Output("collage", tooltip="The reference as it lies over the crop, at the crop's own resolution; that of the largest crop in a batch. For Refine Crop and Stitch."),
+                io.Mask.Output("collage_mask", tooltip="Where the collage shows the object. Black where image and reference do not agree: there is then no collage."),
+                io.Mask.Output("matched_region", tooltip="What of the reference lies under the mask, to the pixel; as it came in where there is no collage."),
+                io.Mask.Output("guide_mask", tooltip="The same widened by margin, within the object: the mask for the Encode Reference that guides Refine Crop."),
+                io.Float.Output("confidence", tooltip="How well image and reference agree around the mask, up to 1; the lowest of the batch, 0 where there is no collage. For Refine Crop."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, crop, crop_mask, bounding_box, image, reference, matched_region, min_confidence, margin, reference_mask=None) -> io.NodeOutput:
+        object_mask = torch.ones(reference.shape[:3]) if reference_mask is None else masks(reference_mask, reference, "reference mask", "reference")
+        batch = together(
+            crop=pictures(crop), crop_mask=masks(crop_mask, crop, "crop mask", "crop"), bounding_box=boxes_in(bounding_box), image=pictures(image),
+            reference=pictures(reference), reference_mask=object_mask, matched_region=masks(matched_region, reference, "matched region", "reference"),
+        )
+        settings = Settings(min_confidence=min_confidence)
+        laid, shown, regions, guides, confidences = [], [], [], [], []
+        for cut, hole, box, whole, photo, thing, found in batch:
+            thing, found, collage = (thing > 0.5).float(), (found > 0.5).float(), None
+            region = MatchedRegion(found, Box.around(found), found)
+            if not torch.equal(found, thing):  # all of it: alignment found nothing
+                region, collage = register(ZoomCrop(cut, (hole > 0.5).float(), box), photo, thing, region, whole, settings)
+            laid.append(torch.zeros(3, box.height, box.width) if collage is None else collage.picture)
+            shown.append(torch.zeros(box.height, box.width) if collage is None else collage.valid)
+            regions.append(region.mask)
+            guides.append(grow(region, margin) * thing)
+            confidences.append(0.0 if collage is None else collage.confidence)
+        size = max(picture.shape[-1] for picture in laid)
+        return io.NodeOutput(
+            delivered([image_of(resize(picture, size, size)) for picture in laid]), delivered([resize_mask(valid, size, size) for valid in shown]),
+            delivered(regions), delivered(guides), min(confidences),
+        )

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import torch
 
+from ..rba_core.collage import transfer_detail
+from ..rba_core.errors import InputError
 from ..rba_core.pipeline import Settings, refine_by_align
 from ..rba_core.postprocessing import CleaningSettings
 from ..rba_core.refinement import SCHEDULERS, refine
 from ..rba_core.stitch import stitch
 from ..rba_core.zoom_crop import zoom_crop
-from .alignment import SEED_MAX, cleaning_inputs, layer_input, margin_input, noise_level_input, none_below_zero, on_flat_input, timestep_input
+from .alignment import (
+    SEED_MAX, BoundingBoxSocket, cleaning_inputs, layer_input, margin_input, min_confidence_input, noise_level_input, none_below_zero, on_flat_input,
+    timestep_input,
+)
 from .api import io
 from .types import (
-    CATEGORY, BatchProgress, Model, Reference, boxes_in, boxes_out, delivered, encoded, image_of, masks, model_crop, on_device, pictures, put_back, together,
+    CATEGORY, BatchProgress, Model, Reference, boxes_in, boxes_out, collages, delivered, encoded, image_of, masks, model_crop, on_device, pictures, put_back, together,
 )
-
-# io.BoundingBox.Input is a widget; force_input is younger than the type
-BoundingBoxSocket = io.Custom("BOUNDING_BOX")
 
 
 def sampling_inputs():
@@ -41,9 +43,30 @@ def context_input(name: str = "context", crop: str = "crop"):
     )
 
 
+def collage_inputs():
+    return [
+        io.Image.Input("collage", optional=True, tooltip="The reference as it lies over the crop, from Register."),
+        io.Mask.Input("collage_mask", optional=True, tooltip="Where the collage counts, from Register; all black: nowhere. Without it, everywhere."),
+    ]
+
+
+def strength_input():
+    return io.Float.Input(
+        "strength", default=-1.0, min=-1.0, max=1.0, step=0.05, advanced=True,
+        tooltip="How far the redrawing may depart from the registered reference, 0 (as it is) to 1 (a hint only). -1: the less, the higher the confidence.",
+    )
+
+
+def detail_transfer_input():
+    return io.Float.Input(
+        "detail_transfer", default=Settings().detail_transfer, min=0.0, max=1.0, step=0.05,
+        tooltip="How much of the fine detail of the registered reference is carried into the redrawn part. 0: only what the model drew.",
+    )
+
+
 def stitching_inputs():
     return [
-        io.Float.Input("feather", default=3.0, min=0.0, max=100.0, step=0.5, advanced=True, tooltip="Width of the blend at the mask's edge, in pixels of the image, inside the mask."),
+        io.Float.Input("feather", default=Settings().feather, min=0.0, max=100.0, step=0.5, advanced=True, tooltip="Width of the blend at the mask's edge, in pixels of the image, inside the mask."),
         io.Boolean.Input("colour_match", default=True, advanced=True, tooltip="Shift the redrawn part's tone to agree with what surrounds it."),
     ]
 
@@ -93,23 +116,31 @@ class Refine(io.ComfyNode):
                 Model.Input("model", tooltip="The model that encoded the reference."),
                 io.Image.Input("crop", tooltip="The crop around the wrong part, from Zoom-in Crop (purpose: refinement)."),
                 io.Mask.Input("crop_mask", tooltip="White over the wrong part of the crop, from Zoom-in Crop."),
-                Reference.Input("encoded_reference", tooltip="The matched region, from Encode Reference with the guide mask of Post-process."),
+                Reference.Input("encoded_reference", tooltip="The matched region, from Encode Reference with the guide mask of Register or Post-process."),
                 *sampling_inputs(),
+                strength_input(),
+                *collage_inputs(),
+                io.Float.Input("confidence", optional=True, tooltip="How sure the registration is, from Register; sets the strength of -1. Without it: not sure.", extra_dict={"forceInput": True}),
             ],
             outputs=[io.Image.Output("redrawn", tooltip="The crop with the masked part redrawn, for Stitch.")],
         )
 
     @classmethod
-    def execute(cls, model, crop, crop_mask, encoded_reference, seed, steps, guidance, scheduler) -> io.NodeOutput:
-        batch = together(crop=pictures(crop), crop_mask=masks(crop_mask, crop, "crop mask", "crop"), encoded_reference=encoded_reference)
+    def execute(cls, model, crop, crop_mask, encoded_reference, seed, steps, guidance, scheduler, strength, collage=None, collage_mask=None, confidence=None) -> io.NodeOutput:
+        batch = together(
+            crop=pictures(crop), crop_mask=masks(crop_mask, crop, "crop mask", "crop"), encoded_reference=encoded_reference,
+            collage=collages(collage, collage_mask),
+        )
         network = on_device(model)
+        if strength < 0:
+            strength = network.config.collage_strength * (1 - (confidence or 0.0))
         progress = BatchProgress(len(batch))
         redrawn = [
             refine(
-                network, model_crop(picture, mask, network), encoded(reference, network), steps=steps or None, guidance=guidance or None,
+                network, model_crop(picture, mask, network), encoded(reference, network), collage=laid, strength=strength, steps=steps or None, guidance=guidance or None,
                 scheduler=None if scheduler == "default" else scheduler, seed=seed, progress=progress.of(index),
             )
-            for index, (picture, mask, reference) in enumerate(batch)
+            for index, (picture, mask, reference, laid) in enumerate(batch)
         ]
         return io.NodeOutput(delivered([image_of(picture) for picture in redrawn]))
 
@@ -128,18 +159,30 @@ class Stitch(io.ComfyNode):
                 io.Mask.Input("mask", tooltip="White over the wrong part; same size as the image."),
                 io.Image.Input("redrawn", tooltip="The redrawn crop, from Refine Crop; any size, it is resampled to the box."),
                 BoundingBoxSocket.Input("bounding_box", tooltip="Where the crop stands in the image, from Zoom-in Crop.", extra_dict={"forceInput": True}),
+                detail_transfer_input(),
                 *stitching_inputs(),
+                *collage_inputs(),
+                io.Mask.Input("crop_mask", optional=True, tooltip="White over the wrong part of the crop, from Zoom-in Crop; needed with a collage."),
             ],
             outputs=[io.Image.Output("refined", tooltip="The image with the masked part replaced.")],
         )
 
     @classmethod
-    def execute(cls, image, mask, redrawn, bounding_box, feather, colour_match) -> io.NodeOutput:
-        batch = together(image=image, mask=masks(mask, image), redrawn=pictures(redrawn), bounding_box=boxes_in(bounding_box))
-        stitched = [
-            put_back(stitch(pictures(whole[None])[0], part, crop, box, feather=feather, colour_match=colour_match), part, whole)
-            for whole, part, crop, box in batch
-        ]
+    def execute(
+        cls, image, mask, redrawn, bounding_box, detail_transfer, feather, colour_match, collage=None, collage_mask=None, crop_mask=None,
+    ) -> io.NodeOutput:
+        if collage is not None and crop_mask is None:
+            raise InputError("crop mask", "is not connected", "with a collage, connect the crop mask of Zoom-in Crop too")
+        holes = [None] if crop_mask is None else crop_mask.reshape(-1, *crop_mask.shape[-2:]).cpu().float()
+        batch = together(
+            image=image, mask=masks(mask, image), redrawn=pictures(redrawn), bounding_box=boxes_in(bounding_box),
+            collage=collages(collage, collage_mask), crop_mask=holes,
+        )
+        stitched = []
+        for whole, part, crop, box, laid, hole in batch:
+            if laid is not None:
+                crop = transfer_detail(crop, laid, hole, detail_transfer)
+            stitched.append(put_back(stitch(pictures(whole[None])[0], part, crop, box, feather=feather, colour_match=colour_match), part, whole))
         return io.NodeOutput(delivered(stitched, image.dtype))
 
 
@@ -163,6 +206,7 @@ class RefineByAlign(io.ComfyNode):
                 io.Image.Input("reference", tooltip="A photo of the object as it should be, of any size. One for all images, or one for each."),
                 io.Mask.Input("reference_mask", optional=True, tooltip="White over the object in the reference. Without it the whole picture counts as the object."),
                 *sampling_inputs(),
+                detail_transfer_input(),
                 on_flat_input(),
                 io.Boolean.Input("single_stage", default=False, advanced=True, tooltip="Skip the alignment: the whole reference guides the redrawing."),
                 io.Boolean.Input("one_crop", default=False, advanced=True, tooltip="Redraw parts of the mask that lie apart in one crop, not one by one."),
@@ -170,6 +214,9 @@ class RefineByAlign(io.ComfyNode):
                 timestep_input(),
                 noise_level_input(),
                 *cleaning_inputs(),
+                io.Boolean.Input("register", default=Settings().register, advanced=True, tooltip="Settle the matched region to the pixel, by what surrounds the mask. Off: the model's attention alone, as in the paper."),
+                min_confidence_input(),
+                strength_input(),
                 margin_input(),
                 context_input("alignment_context", "crop that is aligned"),
                 context_input("context", "crop that is redrawn"),
@@ -178,28 +225,31 @@ class RefineByAlign(io.ComfyNode):
             outputs=[
                 io.Image.Output("refined", tooltip="The image with the masked part replaced."),
                 io.Mask.Output("matched_region", tooltip="What the model found in the reference, at the reference's size; all of the object where it was used whole."),
+                io.Float.Output("confidence", tooltip="How well image and reference agree around the mask, up to 1; the lowest of all parts, 0 where one was not registered."),
             ],
         )
 
     @classmethod
     def execute(
-        cls, model, image, mask, reference, seed, steps, guidance, scheduler, on_flat, single_stage, one_crop, layer, timestep, noise_level,
-        threshold, peak_support, flatness, margin, alignment_context, context, feather, colour_match, reference_mask=None,
+        cls, model, image, mask, reference, seed, steps, guidance, scheduler, detail_transfer, on_flat, single_stage, one_crop, layer, timestep, noise_level,
+        threshold, peak_support, flatness, register, min_confidence, strength, margin, alignment_context, context, feather, colour_match, reference_mask=None,
     ) -> io.NodeOutput:
         reference_mask = torch.ones(reference.shape[:3]) if reference_mask is None else masks(reference_mask, reference, "reference mask", "reference")
         batch = together(image=image, mask=masks(mask, image), reference=pictures(reference), reference_mask=reference_mask)
         settings = Settings(
             single_stage=single_stage, on_flat=on_flat, one_crop=one_crop,
             layer=none_below_zero(layer), timestep=none_below_zero(timestep), noise_level=none_below_zero(noise_level),
-            cleaning=CleaningSettings(threshold, peak_support, flatness), alignment_context=alignment_context or None, region_margin=margin,
+            cleaning=CleaningSettings(threshold, peak_support, flatness), alignment_context=alignment_context or None,
+            register=register, min_confidence=min_confidence, strength=none_below_zero(strength), detail_transfer=detail_transfer, region_margin=margin,
             steps=steps or None, guidance=guidance or None, scheduler=None if scheduler == "default" else scheduler,
             context=context or None, feather=feather, colour_match=colour_match,
         )
         network = on_device(model)
         progress = BatchProgress(len(batch))
-        refined, matched = [], []
+        refined, matched, confidences = [], [], []
         for index, (whole, part, guide, object_mask) in enumerate(batch):
             result = refine_by_align(network, pictures(whole[None])[0], part, guide, object_mask, settings=settings, seed=seed, progress=progress.of(index))
             refined.append(put_back(result.image, part, whole))
             matched.append(torch.stack([object_mask if region is None else region.mask for region in result.regions]).amax(0))
-        return io.NodeOutput(delivered(refined, image.dtype), delivered(matched))
+            confidences += [confidence or 0.0 for confidence in result.confidences]
+        return io.NodeOutput(delivered(refined, image.dtype), delivered(matched), min(confidences))

@@ -11,6 +11,7 @@ from comfy import model_management
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..rba_core.collage import Collage
 from ..rba_core.errors import InputError
 from ..rba_core.geometry import Box
 from ..rba_core.model import RefineByAlign
@@ -51,8 +52,9 @@ def delivered(results: list[Tensor], dtype: torch.dtype = torch.float32) -> Tens
 
 
 def pictures(image: Tensor) -> Tensor:
-    """IMAGE `[B, H, W, C]` -> `[B, 3, H, W]`, without alpha; clamped, as upscalers overshoot 0..1."""
-    return image[..., :3].movedim(-1, 1).cpu().float().clamp(0, 1)
+    """IMAGE `[B, H, W, C]` -> `[B, 3, H, W]`, without alpha; clamped, as upscalers overshoot 0..1; contiguous, as sums
+    depend on the order in memory."""
+    return image[..., :3].movedim(-1, 1).cpu().float().clamp(0, 1).contiguous()
 
 
 def image_of(picture: Tensor) -> Tensor:
@@ -89,6 +91,20 @@ def model_crop(picture: Tensor, mask: Tensor, model: RefineByAlign) -> ZoomCrop:
     if picture.shape[1:] != (size, size):
         raise InputError("crop", f"is {picture.shape[2]} x {picture.shape[1]}", f"this model works at {size} x {size}: connect Zoom-in Crop")
     return ZoomCrop(picture, (mask > 0.5).float(), Box(0, 0, size, size))
+
+
+def collages(collage: Tensor | None, collage_mask: Tensor | None) -> list[Collage | None]:
+    """The registered reference of each picture; `None` where its mask is empty. No mask: all of it counts."""
+    if collage is None:
+        return [None]
+    height, width = collage.shape[1:3]
+    if height != width:
+        raise InputError("collage", f"is {width} x {height}, not square", "connect the collage of Register")
+    shown = torch.ones(1, height, width) if collage_mask is None else (collage_mask.reshape(-1, *collage_mask.shape[-2:]).cpu() > 0.5).float()
+    if shown.shape[1:] != (height, width):
+        raise InputError("collage mask", f"is {shown.shape[2]} x {shown.shape[1]}, its collage {width} x {height}", "connect the collage mask of Register")
+    batch = together(collage=pictures(collage), collage_mask=shown)
+    return [Collage(picture, valid, valid, 1.0) if valid.any() else None for picture, valid in batch]
 
 
 def plain(encoded: EncodedReference) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def refine(options) -> None:
         print(f"rba: alignment found nothing for {fell_back} of {len(refined.regions)} artifacts; the whole reference guided them", file=sys.stderr)
     if options.json:
         boxes = [[r.box.x, r.box.y, r.box.width, r.box.height] if r else None for r in refined.regions]
-        print(json.dumps({"output": str(options.output), "seconds": round(seconds, 3), "seed": options.seed, "regions": boxes, "fell_back": fell_back}))
+        print(json.dumps({"output": str(options.output), "seconds": round(seconds, 3), "seed": options.seed, "regions": boxes, "confidences": refined.confidences, "fell_back": fell_back}))
     else:
         print(f"{options.output}  ({len(refined.regions)} artifact{'s' * (len(refined.regions) > 1)}, {seconds:.1f} s)")
 
@@ -60,7 +60,7 @@ def refine(options) -> None:
 def align(options) -> None:
     from .alignment import align as align_crop
     from .overlay import overlay
-    from .pipeline import check_inputs
+    from .pipeline import Settings, check_inputs, register
     from .postprocessing import CleaningSettings, clean
     from .reference_encoding import encode_reference
     from .zoom_crop import zoom_crop
@@ -78,6 +78,8 @@ def align(options) -> None:
         soft = whole.to_reference(raw)
         write_mask(options.raw, soft / soft.max().clamp(min=1e-9))
     region = clean(raw, whole, CleaningSettings(threshold=options.threshold))
+    closer = zoom_crop(image, mask, model.config.image_size, context=model.config.context, multiple=model.stride)
+    region, _ = register(closer, reference, whole.mask, region, image, Settings(register=not options.no_register))
     write_mask(options.output, region.mask)
     if options.overlay:
         write_image(options.overlay, overlay(reference, region.soft, region.mask))
@@ -152,6 +154,9 @@ def _settings(options):
         timestep=options.timestep,
         noise_level=options.noise_level,
         cleaning=CleaningSettings(threshold=options.threshold),
+        register=not options.no_register,
+        strength=options.strength,
+        detail_transfer=options.detail_transfer,
         steps=options.steps,
         guidance=options.guidance,
         scheduler=options.scheduler,
@@ -213,6 +218,7 @@ def parser() -> argparse.ArgumentParser:
     noise = inputs.add_mutually_exclusive_group()
     noise.add_argument("--timestep", type=int, help="noise at alignment as a step of 50, 0 = the noisiest (default: the model's, 0)")
     noise.add_argument("--noise-level", type=float, metavar="S", help="noise at alignment as its standard deviation, 0-1")
+    inputs.add_argument("--no-register", action="store_true", help="leave M* as attention gave it (the paper)")
     inputs.add_argument("--threshold", type=float, default=0.4, help="share of the map's peak that belongs to M* (default: %(default)s)")
 
     command = commands.add_parser("refine", parents=[inputs, model], help="redraw the masked part from the matching part of the reference")
@@ -222,9 +228,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--scheduler", choices=["ddim", "ddpm", "dpm++", "unipc", "euler"], help="default: the model's")
     command.add_argument("--single-stage", action="store_true", help="no alignment: the whole reference guides (the paper's ablation)")
     command.add_argument("--on-flat", choices=["error", "single-stage"], default="error", help="what to do where alignment finds nothing (default: %(default)s)")
+    command.add_argument("--strength", type=float, help="how far to depart from the registered reference, 0-1 (default: by confidence)")
+    command.add_argument("--detail-transfer", type=float, default=1.0, metavar="A", help="how much of its fine detail to carry over, 0-1 (default: %(default)s)")
     command.add_argument("--one-crop", action="store_true", help="redraw several artifacts in one crop, not one by one")
     command.add_argument("--context", type=float, help="side of the crop in sides of the mask (default: the model's)")
-    command.add_argument("--feather", type=float, default=3.0, help="blend width inside the mask, pixels (default: %(default)s)")
+    command.add_argument("--feather", type=float, default=1.0, help="blend width inside the mask, pixels (default: %(default)s)")
     command.add_argument("--no-colour-match", action="store_true", help="do not match the tone of the surround")
     command.add_argument("--save-correspondence", metavar="FILE", help="write M* (at the reference's size)")
     command.add_argument("--json", action="store_true", help="print the outcome as JSON")

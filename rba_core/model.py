@@ -39,6 +39,7 @@ class ModelConfig:
                         and layout often survive in it
     collage             the U-Net sees the registered reference inside the mask (latents, and where they are
                         valid), as AnyDoor's sees its detail map; False = tokens alone
+    collage_strength    how far from the collage the refinement departs by default, where registration is least sure
     reference_fill      grey level around a segmented reference, 0 to 1
     alignment_*         layer l and timestep t of Eq. 5, and the crop's side in sides of the mask
     context             the same for the refinement's crop
@@ -48,6 +49,7 @@ class ModelConfig:
     image_size: int = 512
     context_features: int = 0
     collage: bool = False
+    collage_strength: float = 0.5
     reference_fill: float = 0.5
     alignment_layer: int = 9
     alignment_timestep: int = 0

@@ -32,6 +32,8 @@ class Settings:
     alignment_context, context      sides of the two zoom-in crops, in sides of the mask
     register           settle M* on the pixels around the mask, see `lay_over`; False = the paper
     min_confidence     what the registration must reach to be used; below, the tokens alone guide
+    strength           how far the refinement may depart from the registered reference, see `refine`; default: the
+                       model's `collage_strength` times what the confidence lacks to 1
     detail_transfer    how much of the registered reference's high frequencies is carried into the result, 0 to 1
     region_margin      how much M* is grown before it is cut out, in shares of its longer side
     feather, colour_match           see `stitch`
@@ -47,13 +49,14 @@ class Settings:
     alignment_context: float | None = None
     register: bool = True
     min_confidence: float = 0.45
+    strength: float | None = None
     detail_transfer: float = 1.0
     region_margin: float = 0.12
     steps: int | None = None
     guidance: float | None = None
     scheduler: str | None = None
     context: float | None = None
-    feather: float = 3.0
+    feather: float = 1.0
     colour_match: bool = True
 
 
@@ -98,8 +101,11 @@ def refine_by_align(
         if region is not None:
             region, collage = register(crop, reference, whole.mask, region, result, settings)
             guide = encode_reference(model, reference, grow(region, settings.region_margin) * whole.mask)
+        strength = settings.strength
+        if strength is None:
+            strength = model.config.collage_strength * (1 - collage.confidence) if collage else 1.0
         redrawn = refine(
-            model, crop, guide, collage=collage, steps=settings.steps, guidance=settings.guidance, scheduler=settings.scheduler, seed=seed,
+            model, crop, guide, collage=collage, strength=strength, steps=settings.steps, guidance=settings.guidance, scheduler=settings.scheduler, seed=seed,
             progress=progress and (lambda done, total, index=index: progress(index * total + done, len(artifacts) * total)),
         )
         if collage is not None:

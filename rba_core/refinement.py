@@ -40,6 +40,7 @@ def refine(
     reference: EncodedReference,
     *,
     collage: Collage | None = None,
+    strength: float = 1.0,
     steps: int | None = None,
     guidance: float | None = None,
     scheduler: str | None = None,
@@ -48,7 +49,9 @@ def refine(
 ) -> Tensor:
     """Redraw what `crop.mask` covers: `[3, S, S]` in [0, 1].
 
-    collage    the registered reference, shown to models that read it, at any resolution
+    collage    the registered reference at any resolution, shown to models that read it
+    strength   share of the steps, 0 to 1, that may depart from the collage (SDEdit): before them, what it shows
+               of the object is imposed like the surround; 1 = it is a hint only
     guidance   classifier-free guidance against the dropped embedding; 1 = off
 
     The known region is imposed again on the latents after each step, at that step's noise level.
@@ -57,15 +60,20 @@ def refine(
     guidance = model.config.guidance if guidance is None else guidance
     if steps < 1:
         raise InputError("steps", f"is {steps}", "use 1 or more")
+    if not 0 <= strength <= 1:
+        raise InputError("strength", f"is {strength:g}", "use 0 (the collage as it is) to 1 (the collage as a hint)")
     sampler = make_scheduler(model, scheduler or model.config.scheduler)
     sampler.set_timesteps(steps)
 
     known = model.encode_image(crop.image[None])
     hole = F.adaptive_max_pool2d(crop.mask[None, None], known.shape[-2:]).to(known)
-    laid = None
+    laid, given = None, torch.zeros_like(hole)
     if collage is not None:
         size = crop.image.shape[-1]
         laid = resize(collage.picture, size, size)[None], resize_mask(collage.valid, size, size)[None, None]
+        pasted = torch.where(crop.mask * laid[1][0, 0] > 0.5, laid[0][0], crop.image)
+        known = model.encode_image(pasted[None])
+        given = hole * (1 - F.adaptive_max_pool2d(crop.mask * (1 - laid[1]), known.shape[-2:]).to(known))
     condition = model.inpainting_condition(crop.image[None], crop.mask[None, None], collage=laid)
     embedding = reference.embedding
     if guidance != 1:
@@ -75,6 +83,7 @@ def refine(
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(known.shape, generator=generator).to(known)
     latents = noise * sampler.init_noise_sigma
+    departure = round((1 - strength) * len(sampler.timesteps))
     for index, timestep in enumerate(sampler.timesteps):
         scaled = sampler.scale_model_input(latents, timestep)
         sample = model.unet_input(scaled.expand(len(condition), -1, -1, -1), condition)
@@ -85,7 +94,8 @@ def refine(
         latents = sampler.step(prediction, timestep, latents, return_dict=False)[0]
         last = index + 1 == len(sampler.timesteps)
         surround = known if last else sampler.add_noise(known, noise, sampler.timesteps[index + 1 : index + 2])
-        latents = hole * latents + (1 - hole) * surround.to(latents)
+        free = hole * (1 - given) if index + 1 <= departure else hole
+        latents = free * latents + (1 - free) * surround.to(latents)
         if progress:
             progress(index + 1, len(sampler.timesteps))
     return model.decode_latents(latents)[0]

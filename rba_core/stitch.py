@@ -36,7 +36,7 @@ def colour_offset(redrawn: Tensor, original: Tensor, mask: Tensor) -> Tensor:
     return torch.from_numpy(np.where(total > 1e-4, field, difference.sum((1, 2), keepdims=True) / ring.sum())).to(redrawn)
 
 
-def stitch(image: Tensor, mask: Tensor, redrawn: Tensor, box: Box, *, feather: float = 3.0, colour_match: bool = True) -> Tensor:
+def stitch(image: Tensor, mask: Tensor, redrawn: Tensor, box: Box, *, feather: float = 1.0, colour_match: bool = True) -> Tensor:
     """Blend a redrawn crop into its picture.
 
     image     `[3, H, W]` in [0, 1]

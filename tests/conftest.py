@@ -22,7 +22,7 @@ hypothesis.settings.load_profile("rba")
 LATENT_CHANNELS = 4
 
 
-def build_model(context_features: int = 0, prediction: str = "epsilon", sharpness: float = 30.0, seed: int = 0) -> RefineByAlign:
+def build_model(context_features: int = 0, prediction: str = "epsilon", sharpness: float = 30.0, seed: int = 0, collage: bool = False) -> RefineByAlign:
     """All 16 cross-attentions, 4 levels, 64 px crops, 0.7 M parameters, random weights.
 
     Random attention is nearly uniform; `sharpness` scales the keys of the alignment layer so that its map has
@@ -30,7 +30,7 @@ def build_model(context_features: int = 0, prediction: str = "epsilon", sharpnes
     """
     torch.manual_seed(seed)
     model = RefineByAlign(
-        ModelConfig(image_size=64, context_features=context_features, steps=3, guidance=1.5),
+        ModelConfig(image_size=64, context_features=context_features, collage=collage, steps=3, guidance=1.5),
         AutoencoderKL(
             down_block_types=["DownEncoderBlock2D"] * 4,
             up_block_types=["UpDecoderBlock2D"] * 4,
@@ -42,7 +42,7 @@ def build_model(context_features: int = 0, prediction: str = "epsilon", sharpnes
         ),
         UNet2DConditionModel(
             sample_size=8,
-            in_channels=2 * LATENT_CHANNELS + 1 + context_features,
+            in_channels=2 * LATENT_CHANNELS + 1 + (LATENT_CHANNELS + 1 if collage else 0) + context_features,
             out_channels=LATENT_CHANNELS,
             block_out_channels=[16, 16, 32, 32],
             layers_per_block=2,
@@ -68,7 +68,7 @@ def build_model(context_features: int = 0, prediction: str = "epsilon", sharpnes
 
 @pytest.fixture(scope="session")
 def make_model():
-    """`make_model(context_features=0, prediction="epsilon", sharpness=30.0, seed=0)`, the same model for the same
+    """`make_model(context_features=0, prediction="epsilon", sharpness=30.0, seed=0, collage=False)`, the same model for the same
     arguments: leave it as it is. `make_model.__wrapped__(...)` gives a fresh one to change."""
     return cache(build_model)
 
@@ -80,11 +80,12 @@ def model(make_model) -> RefineByAlign:
 
 @pytest.fixture(
     scope="session",
-    params=[(0, "epsilon"), (0, "v_prediction"), (6, "epsilon"), (6, "v_prediction")],
-    ids=["noise", "velocity", "noise, context features", "velocity, context features"],
+    params=[(0, "epsilon", False), (0, "v_prediction", False), (6, "epsilon", False), (6, "v_prediction", True)],
+    ids=["noise", "velocity", "noise, context features", "velocity, context features, collage"],
 )
 def every_model(request, make_model) -> RefineByAlign:
-    return make_model(*request.param)
+    context_features, prediction, collage = request.param
+    return make_model(context_features, prediction, collage=collage)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 import json
+import os
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,10 +143,27 @@ def test_a_save_that_fails_leaves_the_old_model_and_no_litter(model, tmp_path, m
     assert {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_a_save_that_fails_at_the_last_moment_leaves_the_old_model(model, tmp_path, monkeypatch):
+    model.save(tmp_path / "m")
+    usual = os.replace
+
+    def not_into_place(source, target):
+        if Path(target) == tmp_path / "m" and "former" not in Path(source).name:
+            raise OSError(5, "Input/output error")
+        usual(source, target)
+
+    monkeypatch.setattr(os, "replace", not_into_place)
+    with pytest.raises(OSError):
+        model.save(tmp_path / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    RefineByAlign.load(tmp_path / "m")
+
+
 def test_a_saved_folder_can_be_read_by_others_like_any_new_folder(model, tmp_path):
     (tmp_path / "plain").mkdir()
     model.save(tmp_path / "m")
     assert (tmp_path / "m").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert all(file.stat().st_mode & 0o444 == 0o444 for file in (tmp_path / "m").rglob("*") if file.is_file())
 
 
 def test_saving_and_loading_are_silent(model, tmp_path, capfd):

@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_one_region_an_artifact_on_the_object_and_at_the_references_size(model, 
 
 def test_the_steps_come_in_their_order(model, scene, monkeypatch):
     ran = []
-    for name in ("check_inputs", "encode_reference", "align", "clean", "zoom_crop", "refine", "stitch"):
+    for name in ("check_inputs", "encode_reference", "align", "clean", "register", "zoom_crop", "refine", "stitch"):
         usual = getattr(pipeline, name)
 
         def spy(*args, name=name, usual=usual, **kwargs):
@@ -73,7 +73,7 @@ def test_the_steps_come_in_their_order(model, scene, monkeypatch):
 
         monkeypatch.setattr(pipeline, name, spy)
     run(model, scene)
-    assert ran == ["check_inputs", "encode_reference", "zoom_crop", "align", "clean", "encode_reference", "zoom_crop", "refine", "stitch"]
+    assert ran == ["check_inputs", "encode_reference", "zoom_crop", "zoom_crop", "align", "clean", "register", "encode_reference", "refine", "stitch"]
     ran.clear()
     run(model, scene, single_stage=True)
     assert ran == ["check_inputs", "encode_reference", "zoom_crop", "refine", "stitch"]
@@ -187,9 +187,57 @@ def test_the_two_crops_have_their_own_contexts(model, scene, monkeypatch):
         return usual(*args, **kwargs)
 
     monkeypatch.setattr(pipeline, "zoom_crop", spy)
-    run(model, scene)  # the mask is 29 wide: 3 times for alignment, 2 times for refinement, in eights
+    run(model, scene)  # the mask is 29 wide: 2 times for refinement, 3 times for alignment, in eights
     run(model, scene, alignment_context=1.0, context=1.5)
-    assert boxes == [88, 64, 32, 48]
+    assert boxes == [64, 88, 48, 32]
+
+
+@pytest.fixture
+def same_product(scene, monkeypatch):
+    """The image shows the reference itself, its mask damaged, and alignment finds about the right place."""
+    generator = torch.Generator().manual_seed(3)
+    print_ = torch.nn.functional.interpolate(torch.rand(1, 3, 20, 24, generator=generator), (96, 130), mode="bicubic")[0].clamp(0, 1)
+    image = torch.where(scene.mask > 0.5, torch.rand(3, 96, 130, generator=generator), print_)
+    about = torch.zeros(96, 130)
+    about[26:48, 46:72] = 1
+    monkeypatch.setattr(pipeline, "find_region", lambda *_: MatchedRegion(about, Box.around(about), about))
+    return replace(scene, image=image, reference=print_, reference_mask=torch.ones(96, 130)), about
+
+
+def test_where_the_pictures_agree_the_region_is_settled_to_the_pixel(model, same_product, monkeypatch):
+    scene, about = same_product
+    guides = spy_on_refine(monkeypatch)
+    result = run(model, scene, region_margin=0.0)
+    assert result.confidences[0] > 0.9
+    found = result.regions[0].mask
+    assert float((found * scene.mask).sum() / torch.maximum(found, scene.mask).sum()) > 0.9
+    assert torch.equal(guides[0].mask, found) and result.regions[0].box == Box.around(found)
+    outside = scene.mask < 0.5
+    assert torch.equal(result.image[:, outside], scene.image[:, outside])
+
+
+def test_where_they_do_not_agree_the_region_stays_as_it_was(model, same_product):
+    scene, about = same_product
+    other = replace(scene, reference=torch.rand(scene.reference.shape, generator=torch.Generator().manual_seed(8)))
+    result = run(model, other)
+    assert result.confidences == [None] and torch.equal(result.regions[0].mask, about)
+
+
+@pytest.mark.parametrize("changes", [dict(register=False), dict(min_confidence=1.1), dict(single_stage=True)])
+def test_registration_can_be_left_out(model, same_product, changes):
+    scene, about = same_product
+    result = run(model, scene, **changes)
+    assert result.confidences == [None]
+    assert result.regions[0] is None if "single_stage" in changes else torch.equal(result.regions[0].mask, about)
+
+
+def test_detail_of_the_reference_is_carried_into_the_result_in_the_amount_asked_for(model, same_product):
+    scene, _ = same_product
+    images = {amount: run(model, scene, detail_transfer=amount, colour_match=False, feather=0.0).image for amount in (0.0, 1.0)}
+    inside = scene.mask > 0.5
+    assert not torch.equal(images[0.0], images[1.0])
+    difference = (images[1.0] - scene.reference)[:, inside]
+    assert float((difference - difference.mean(1, keepdim=True)).abs().mean()) < float((images[0.0] - scene.reference)[:, inside].abs().mean())
 
 
 def test_progress_counts_through_all_artifacts(model, scene, three_artifacts):

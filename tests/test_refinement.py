@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from rba_core.collage import Collage
 from rba_core.errors import InputError
+from rba_core.geometry import resize
 from rba_core.reference_encoding import encode_reference
 from rba_core.refinement import SCHEDULERS, refine
 from rba_core.zoom_crop import zoom_crop
@@ -210,3 +214,37 @@ def test_bfloat16_on_the_cpu_works(make_model, scene, crop, guidance):
     model = make_model.__wrapped__(6).to(torch.bfloat16)
     redrawn = refine(model, crop, encode_reference(model, scene.reference, scene.reference_mask), guidance=guidance)
     assert redrawn.dtype == torch.float32 and torch.isfinite(redrawn).all()
+
+
+@pytest.fixture
+def laid(scene) -> Collage:
+    picture = torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(2))
+    return Collage(picture, torch.ones(40, 40), scene.reference_mask, 0.9)
+
+
+def test_a_model_that_reads_the_collage_is_shown_it_under_the_mask_alone(make_model, scene, crop, laid, monkeypatch):
+    model = make_model(6, "v_prediction", collage=True)
+    spy = Spy(monkeypatch, model)
+    reference = encode_reference(model, scene.reference, scene.reference_mask)
+    with_it = refine(model, crop, reference, collage=laid, guidance=1)
+    without = refine(model, crop, reference, guidance=1)
+    assert not torch.equal(with_it, without)
+    seen, blank = spy.samples[0], spy.samples[3]
+    hole = F.adaptive_avg_pool2d(crop.mask[None, None], 8)
+    assert torch.equal(seen[:, :9], blank[:, :9])
+    assert torch.allclose(seen[:, 9:10], hole) and (blank[:, 9:10] == 0).all()
+    assert torch.allclose(blank[:, 10:14], blank[:, 5:9], atol=1e-6)  # nothing laid: the blanked picture again
+    with torch.no_grad():
+        shown = torch.where(crop.mask > 0.5, resize(laid.picture, 64, 64), crop.image)
+        assert torch.allclose(seen[:, 10:14], model.encode_image(shown[None]), atol=1e-5)
+
+
+def test_a_collage_that_is_valid_nowhere_is_none(make_model, scene, crop, laid):
+    model = make_model(6, "v_prediction", collage=True)
+    reference = encode_reference(model, scene.reference, scene.reference_mask)
+    nowhere = replace(laid, valid=torch.zeros(40, 40))
+    assert torch.allclose(refine(model, crop, reference, collage=nowhere), refine(model, crop, reference), atol=1e-5)
+
+
+def test_a_model_that_does_not_read_the_collage_ignores_it(model, crop, reference, laid):
+    assert torch.equal(refine(model, crop, reference, collage=laid), refine(model, crop, reference))

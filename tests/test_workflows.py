@@ -35,6 +35,15 @@ def test_file_names_nothing_of_the_machine_it_was_made_on(path):
     assert not any(trace in text for trace in ("/root", "/home", "/Users", "/work", ":\\\\"))
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_file_leaves_the_settings_at_their_defaults(path):
+    for node in json.loads(path.read_text())["nodes"]:
+        if node["type"].startswith("RBA_"):
+            options = {name: entry[1] for name, entry in comfy_workflows.schema_inputs(INFOS[node["type"]]).items()}
+            changed = {name: value for name, value in comfy_workflows.widget_values(node, INFOS[node["type"]]).items() if value != options[name].get("default", value)}
+            assert changed == {}, node["type"]
+
+
 def test_every_node_is_in_a_file():
     used = {node["type"] for path in FILES for node in json.loads(path.read_text())["nodes"]}
     assert {name for name in INFOS if name not in CORE} <= used

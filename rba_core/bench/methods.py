@@ -27,12 +27,17 @@ class Outcome:
     fell_back: bool = False
 
 
-def refine(item: Item, model: RefineByAlign, seed: int) -> Outcome:
+def refine(item: Item, model: RefineByAlign, seed: int, register: bool = True) -> Outcome:
     """Both stages; an artifact whose alignment says nothing is redrawn from the whole reference."""
-    settings = Settings(on_flat="single-stage")
+    settings = Settings(on_flat="single-stage", register=register)
     refined = refine_by_align(model, item.image, item.mask, item.reference, item.reference_mask, settings=settings, seed=seed)
     found = [region for region in refined.regions if region is not None]
     return Outcome(refined.image, reduce(_united, found) if found else None, len(found) < len(refined.regions))
+
+
+def paper(item: Item, model: RefineByAlign, seed: int) -> Outcome:
+    """Both stages without registration: M* as attention gives it, guided by tokens alone."""
+    return refine(item, model, seed, register=False)
 
 
 def single_stage(item: Item, model: RefineByAlign, seed: int) -> Outcome:
@@ -58,8 +63,8 @@ def telea(item: Item, model: RefineByAlign | None, seed: int) -> Outcome:
     return Outcome(torch.where(item.mask > 0.5, filled, item.image))
 
 
-METHODS = {"refine": refine, "single-stage": single_stage, "none": none, "telea": telea}
-NEED_MODEL = {"refine", "single-stage"}
+METHODS = {"refine": refine, "paper": paper, "single-stage": single_stage, "none": none, "telea": telea}
+NEED_MODEL = {"refine", "paper", "single-stage"}
 
 
 def _united(a: MatchedRegion, b: MatchedRegion) -> MatchedRegion:

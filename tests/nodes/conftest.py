@@ -40,3 +40,20 @@ def defaults(nodes):
         return {entry.id: entry.options.get("default", entry.options.get("options", [None])[0]) for entry in entries} | changes
 
     return values
+
+
+@pytest.fixture
+def same_product(scene):
+    """`inputs` whose image shows the reference itself, its mask damaged: registration finds it again."""
+    generator = torch.Generator().manual_seed(3)
+    print_ = torch.nn.functional.interpolate(torch.rand(1, 3, 20, 24, generator=generator), (96, 130), mode="bicubic").clamp(0, 1)
+    image = torch.where(scene.mask > 0.5, torch.rand(1, 3, 96, 130, generator=generator), print_)
+    region = torch.zeros(1, 96, 130)
+    region[:, 26:48, 46:72] = 1
+    return {
+        "image": image.movedim(1, -1),
+        "mask": scene.mask[None],
+        "reference": print_.movedim(1, -1),
+        "reference_mask": torch.ones(1, 96, 130),
+        "matched_region": region,
+    }

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from rba_core.alignment import align
-from rba_core.pipeline import grow
-from rba_core.postprocessing import clean
+from rba_core.geometry import Box
+from rba_core.pipeline import Settings, grow, register
+from rba_core.postprocessing import MatchedRegion, clean
 from rba_core.reference_encoding import encode_reference
 from rba_core.zoom_crop import zoom_crop
 
@@ -80,3 +81,48 @@ def test_batch_of_maps_with_one_reference(nodes, whole, defaults):
 def test_a_region_is_not_a_raw_map(nodes, inputs, whole, defaults):
     with pytest.raises(ValueError, match="^correspondence map: is 101 x 81, not 16 x 16; connect the raw map of Align$"):
         nodes.alignment.PostProcess.execute(inputs["reference_mask"], whole, **defaults(nodes.alignment.PostProcess))
+
+
+@pytest.fixture
+def registered(nodes, loaded, same_product, defaults):
+    """`registered(**changes)`: Register on the same product, as (collage, collage mask, matched region, guide mask, confidence)."""
+    node = nodes.alignment.Register
+
+    def run(**changes):
+        given = same_product | changes
+        crop, crop_mask, box = nodes.refinement.ZoomCrop.execute(loaded, given["image"], given.pop("mask"), "refinement", 0.0).args
+        return node.execute(crop, crop_mask, box, **(defaults(node) | given)).args
+
+    return run
+
+
+def test_register_is_the_library_s(registered, same_product):
+    image, reference, mask, found = (same_product[name][0] for name in ("image", "reference", "mask", "matched_region"))
+    image, reference = (picture.movedim(-1, 0).contiguous() for picture in (image, reference))
+    crop = zoom_crop(image, mask, 64, context=2.0)
+    region, expected = register(crop, reference, torch.ones(96, 130), MatchedRegion(found, Box.around(found), found), image, Settings())
+    collage, shown, matched, guide, confidence = registered()
+    assert collage.shape == (1, crop.box.height, crop.box.width, 3) and torch.equal(collage[0].movedim(-1, 0), expected.picture)
+    assert torch.equal(shown[0], expected.valid) and torch.equal(matched[0], region.mask) and torch.equal(guide[0], grow(region, 0.12))
+    assert confidence == expected.confidence > 0.8
+
+
+def test_what_cannot_be_registered_stays_as_aligned(registered, same_product):
+    found, thing = same_product["matched_region"], torch.ones(1, 96, 130)
+    thing[:, :, 75:] = 0
+    unlike = torch.rand(same_product["reference"].shape, generator=torch.Generator().manual_seed(8))
+    for change in ({"reference": unlike}, {"min_confidence": 1.0}, {"matched_region": thing}):
+        collage, shown, matched, guide, confidence = registered(reference_mask=thing, **change)
+        assert torch.equal(matched, change.get("matched_region", found)) and confidence == 0, change
+        assert collage.shape[1:3] == shown.shape[1:] and not shown.any() and not collage.any()
+        assert (guide <= thing).all() and (guide >= matched).all()
+
+
+def test_crops_of_several_sizes_give_collages_of_the_largest(registered, same_product):
+    mask = same_product["mask"]
+    smaller = mask.clone()
+    smaller[..., :48] = 0
+    collage, shown, matched, guide, confidence = registered(mask=torch.cat([mask, smaller]))
+    alone = registered()
+    assert torch.equal(collage[:1], alone[0]) and torch.equal(shown[:1], alone[1]) and torch.equal(matched[:1], alone[2])
+    assert shown[1].any() and confidence <= alone[4] and matched[1].sum() < matched[0].sum()

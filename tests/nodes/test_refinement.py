@@ -14,7 +14,22 @@ def run(nodes, loaded, inputs, defaults):
 
     def refine(**changes):
         node = nodes.refinement.RefineByAlign
-        return node.execute(loaded, **(inputs | defaults(node, steps=2) | changes)).args
+        return node.execute(loaded, **(inputs | defaults(node, steps=2) | changes)).args[:2]
+
+    return refine
+
+
+@pytest.fixture
+def run_registered(nodes, loaded, same_product, defaults, monkeypatch):
+    """`run_registered(**changes)`: the same where registration succeeds, with the confidence as a third result."""
+    inputs = {name: value for name, value in same_product.items() if name != "matched_region"}
+    pipeline = sys.modules[nodes.refinement.refine_by_align.__module__]
+    region = same_product["matched_region"][0]
+    monkeypatch.setattr(pipeline, "find_region", lambda *_: pipeline.MatchedRegion(region, pipeline.Box.around(region), region))
+
+    def refine(**changes):
+        node = nodes.refinement.RefineByAlign
+        return node.execute(changes.pop("model", loaded), **(inputs | defaults(node, steps=2) | changes)).args
 
     return refine
 
@@ -29,7 +44,7 @@ def test_zoom_crop_takes_the_model_s_context(nodes, loaded, scene, inputs, purpo
 
 def test_stitch_changes_nothing_outside_the_mask(nodes, loaded, inputs):
     _, _, box = nodes.refinement.ZoomCrop.execute(loaded, inputs["image"], inputs["mask"], "refinement", 0.0).args
-    (stitched,) = nodes.refinement.Stitch.execute(inputs["image"], inputs["mask"], torch.rand(1, 33, 33, 3), box, 3.0, True).args
+    (stitched,) = nodes.refinement.Stitch.execute(inputs["image"], inputs["mask"], torch.rand(1, 33, 33, 3), box, 1.0, 3.0, True).args
     inside = inputs["mask"] > 0.5
     assert torch.equal(stitched[~inside], inputs["image"][~inside])
     assert not torch.equal(stitched[inside], inputs["image"][inside])
@@ -42,18 +57,92 @@ def test_all_in_one_is_the_library_s(run, model, scene):
     assert torch.equal(region[0], expected.regions[0].mask)
 
 
+def by_steps(nodes, loaded, inputs, defaults, raw_or_region=None, steps=2, **register):
+    """The nodes one by one: (refined, matched region, confidence)."""
+    one, two = nodes.alignment, nodes.refinement
+    picture, mask, reference, object_mask = (inputs[name] for name in ("image", "mask", "reference", "reference_mask"))
+    region = raw_or_region
+    if region is None:
+        whole = one.EncodeReference.execute(loaded, reference, object_mask)[0]
+        crop, crop_mask, _ = two.ZoomCrop.execute(loaded, picture, mask, "alignment", 0.0).args
+        raw = one.Align.execute(loaded, crop, crop_mask, whole, **defaults(one.Align))[0]
+        region = one.PostProcess.execute(raw, whole, **defaults(one.PostProcess))[0]
+    crop, crop_mask, box = two.ZoomCrop.execute(loaded, picture, mask, "refinement", 0.0).args
+    collage, collage_mask, region, guide, confidence = one.Register.execute(
+        crop, crop_mask, box, picture, reference, region, reference_mask=object_mask, **defaults(one.Register, **register)
+    ).args
+    laid = {"collage": collage, "collage_mask": collage_mask}
+    matched = one.EncodeReference.execute(loaded, reference, guide)[0]
+    redrawn = two.Refine.execute(loaded, crop, crop_mask, matched, **defaults(two.Refine, steps=steps), **laid, confidence=confidence)[0]
+    stitched = two.Stitch.execute(picture, mask, redrawn, box, **defaults(two.Stitch), **laid, crop_mask=crop_mask)[0]
+    return stitched, region, confidence
+
+
 def test_step_by_step_is_the_same_as_all_in_one(nodes, loaded, run, inputs, defaults):
-    steps = nodes.alignment, nodes.refinement
-    whole = steps[0].EncodeReference.execute(loaded, inputs["reference"], inputs["reference_mask"])[0]
-    crop, crop_mask, _ = steps[1].ZoomCrop.execute(loaded, inputs["image"], inputs["mask"], "alignment", 0.0).args
-    raw = steps[0].Align.execute(loaded, crop, crop_mask, whole, **defaults(steps[0].Align))[0]
-    region, guide, _ = steps[0].PostProcess.execute(raw, whole, **defaults(steps[0].PostProcess)).args
-    matched = steps[0].EncodeReference.execute(loaded, inputs["reference"], guide)[0]
-    crop, crop_mask, box = steps[1].ZoomCrop.execute(loaded, inputs["image"], inputs["mask"], "refinement", 0.0).args
-    redrawn = steps[1].Refine.execute(loaded, crop, crop_mask, matched, **defaults(steps[1].Refine, steps=2))[0]
-    stitched = steps[1].Stitch.execute(inputs["image"], inputs["mask"], redrawn, box, **defaults(steps[1].Stitch))[0]
     image, found = run()
+    stitched, region, confidence = by_steps(nodes, loaded, inputs, defaults)
+    assert torch.equal(found, region) and torch.equal(image, stitched) and confidence == 0
+
+
+@pytest.mark.parametrize("reads_collage", [False, True])
+def test_step_by_step_is_the_same_where_it_is_registered(nodes, make_model, run_registered, same_product, defaults, reads_collage):
+    cpu = torch.device("cpu")
+    model = make_model(6, "v_prediction", collage=True) if reads_collage else make_model()
+    loaded = comfy_stand_in.ModelPatcher(nodes.types.RefineByAlignModel(model), cpu, cpu)
+    image, found, confidence = run_registered(model=loaded, steps=3)
+    stitched, region, same_confidence = by_steps(nodes, loaded, same_product, defaults, same_product["matched_region"], steps=3)
+    assert confidence == same_confidence > 0.8
     assert torch.equal(found, region) and torch.equal(image, stitched)
+    assert not torch.equal(region, same_product["matched_region"])
+
+
+def test_registration_s_settings_reach_the_library(run_registered, same_product):
+    image, region, confidence = run_registered()
+    assert confidence > 0.8 and not torch.equal(region, same_product["matched_region"])
+    for change in ({"register": False}, {"min_confidence": 1.0}):
+        changed, aligned, none = run_registered(**change)
+        assert none == 0 and torch.equal(aligned, same_product["matched_region"]) and not torch.equal(changed, image), change
+    for change in ({"detail_transfer": 0.0}, {"strength": 1.0}):
+        changed, same_region, _ = run_registered(**change)
+        assert torch.equal(same_region, region) and not torch.equal(changed, image), change
+
+
+def test_confidence_is_the_lowest_of_the_batch(run_registered, same_product):
+    other = torch.rand(same_product["reference"].shape, generator=torch.Generator().manual_seed(8))
+    _, regions, confidence = run_registered(reference=torch.cat([same_product["reference"], other]))
+    assert confidence == 0 and torch.equal(regions[1:], same_product["matched_region"])
+    assert not torch.equal(regions[:1], same_product["matched_region"])
+
+
+def test_empty_collage_mask_is_no_collage(nodes, make_model, inputs, defaults):
+    cpu = torch.device("cpu")
+    loaded = comfy_stand_in.ModelPatcher(nodes.types.RefineByAlignModel(make_model(6, "v_prediction", collage=True)), cpu, cpu)
+    crop, crop_mask, box = nodes.refinement.ZoomCrop.execute(loaded, inputs["image"], inputs["mask"], "refinement", 0.0).args
+    reference = nodes.alignment.EncodeReference.execute(loaded, inputs["reference"])[0]
+    laid = {"collage": torch.rand(1, 40, 40, 3), "collage_mask": torch.zeros(1, 40, 40)}
+
+    def redrawn(**collage):
+        return nodes.refinement.Refine.execute(loaded, crop, crop_mask, reference, **defaults(nodes.refinement.Refine, steps=2), **collage)[0]
+
+    def stitched(**collage):
+        return nodes.refinement.Stitch.execute(inputs["image"], inputs["mask"], crop, box, **defaults(nodes.refinement.Stitch), **collage)[0]
+
+    for of, crop_s in ((redrawn, {}), (stitched, {"crop_mask": crop_mask})):
+        assert torch.equal(of(**laid, **crop_s), of())
+        assert not torch.equal(of(collage=laid["collage"], **crop_s), of())
+
+
+def test_collage_needs_the_crop_s_mask(nodes, inputs, defaults):
+    arguments = inputs["image"], inputs["mask"], torch.rand(1, 64, 64, 3), {"x": 20, "y": 10, "width": 64, "height": 64}
+    with pytest.raises(ValueError, match="^crop mask: is not connected; with a collage, connect the crop mask of Zoom-in Crop too$"):
+        nodes.refinement.Stitch.execute(*arguments, **defaults(nodes.refinement.Stitch), collage=torch.rand(1, 64, 64, 3))
+
+
+def test_collage_of_another_form_is_refused(nodes):
+    with pytest.raises(ValueError, match="^collage: is 50 x 40, not square"):
+        nodes.types.collages(torch.rand(1, 40, 50, 3), None)
+    with pytest.raises(ValueError, match="^collage mask: is 64 x 64, its collage 40 x 40"):
+        nodes.types.collages(torch.rand(1, 40, 40, 3), torch.zeros(1, 64, 64))
 
 
 def test_settings_reach_the_library(run):

@@ -9,7 +9,7 @@ from rba_core.autoencoder import BlockAutoencoder
 from rba_core.data.scenes import REFERENCE_FILL, Scenes, SceneSampler, TextureBank, grid
 from rba_core.training.autoencoder import AutoencoderObjective
 from rba_core.training.encoder import EncoderObjective, damage, place_tokens, token_targets
-from rba_core.training.refiner import RefinerObjective, RefinerSettings
+from rba_core.training.refiner import RefinerObjective, RefinerSettings, imperfect_collage
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +162,34 @@ def test_the_refiners_objective_trains_unet_and_mlp_and_neither_encoder_nor_auto
     assert all(reached(model.projector)) and all(reached(model.context_projector)) and all(reached(model.context_adapter))
     assert sum(reached(model.unet)) > 0.95 * len(reached(model.unet))
     assert not any(reached(model.encoder)) and not any(reached(model.vae))
+
+
+def test_a_model_that_reads_the_collage_is_trained_with_it_in_refinement(make_model, sampler, monkeypatch):
+    model = make_model.__wrapped__(6, "v_prediction", collage=True)
+    objective = RefinerObjective(model, RefinerSettings(attention_weight=0))
+    shown, usual = [], model.inpainting_condition
+
+    def spy(*args, **kwargs):
+        shown.append(kwargs.get("collage"))
+        return usual(*args, **kwargs)
+
+    monkeypatch.setattr(model, "inpainting_condition", spy)
+    for mode in ("alignment", "refinement"):
+        assert finite(objective(sampler.sample(8, mode), mode, torch.Generator().manual_seed(0)))
+    assert shown[0] is None and shown[1] is not None
+
+
+def test_the_collage_of_training_is_the_reference_laid_nearly_in_place(sampler):
+    scenes = sampler.sample(24, "refinement")
+    laid, valid = imperfect_collage(scenes, torch.Generator().manual_seed(0))
+    assert laid.shape == scenes.image.shape and valid.shape == scenes.mask.shape
+    assert torch.isfinite(laid).all() and laid.min() >= 0 and laid.max() <= 1
+    given = valid.flatten(1).any(1)
+    assert 0.5 < float(given.float().mean()) < 1  # some items are shown none
+    right, elsewhere = (
+        float(((laid - other).abs().mean(1, keepdim=True) * valid).sum() / valid.sum()) for other in (scenes.image, scenes.image.roll(1, 0))
+    )
+    assert right < 0.6 * elsewhere
 
 
 def test_without_attention_terms_it_is_equation_2(make_model, sampler):
