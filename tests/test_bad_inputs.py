@@ -187,7 +187,7 @@ def test_align_refuses_alike(place, capsys, what):
     spoil()
     before = listing(place)
     model = [] if "--model" in options else ["--model", "model"]
-    assert cli.main(["align", "image.png", "mask.png", "reference.png", "-o", "out.png", "--raw", "raw.png", *model, *options.split()]) == 2
+    assert cli.main(["align", "image.png", "mask.png", "reference.png", "-o", "out.png", *model, *options.split()]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"rba: {message}") and err.count("\n") == 1
     assert listing(place) == before

@@ -58,7 +58,7 @@ def test_refine_writes_the_result_of_the_pipeline(rba, loaded, scene, capsys):
     assert np.array_equal(pixels("out.png")[outside], pixels("image.png")[outside])
     out, err = capsys.readouterr()
     assert re.fullmatch(r"out\.png  \(1 artifact, [\d.]+ s\)\n", out)
-    assert err == ""
+    assert "rba:" not in err  # a slow machine may show the bar
 
 
 def test_refine_writes_one_file(rba, files):
@@ -78,7 +78,7 @@ def test_every_option_of_refine_reaches_the_pipeline(rba, scene, monkeypatch):
     monkeypatch.setattr("rba_core.pipeline.refine_by_align", spy)
     options = (
         "--reference-mask reference_mask.png --layer 8 --timestep 4 --threshold 0.3 --seed 7 --steps 2 --guidance 1.25 --scheduler euler "
-        "--on-flat single-stage --one-crop --context 2.5 --feather 1.5 --no-colour-match"
+        "--on-flat single-stage --one-crop --context 2.5 --feather 1.5 --no-colour-match --no-register --strength 0.4 --detail-transfer 0.5"
     )
     assert rba("refine", "-o", "out.png", *options.split()) == 0
     assert torch.equal(seen["reference_mask"], scene.reference_mask)
@@ -86,6 +86,7 @@ def test_every_option_of_refine_reaches_the_pipeline(rba, scene, monkeypatch):
     assert seen["settings"] == Settings(
         layer=8, timestep=4, cleaning=CleaningSettings(threshold=0.3), steps=2, guidance=1.25, scheduler="euler",
         on_flat="single-stage", one_crop=True, context=2.5, feather=1.5, colour_match=False,
+        register=False, strength=0.4, detail_transfer=0.5,
     )  # fmt: skip
     assert rba("refine", "-o", "out.png", "--single-stage", "--noise-level", "0.7") == 0
     assert seen["settings"] == Settings(single_stage=True, noise_level=0.7, cleaning=CleaningSettings(threshold=0.4))
@@ -120,9 +121,9 @@ def test_json_is_the_one_line_on_stdout(rba, loaded, scene, capsys):
     told = json.loads(line)
     box = refine_by_align(loaded, scene.image, scene.mask, scene.reference, seed=3).regions[0].box
     assert rest == ""
-    assert told.keys() == {"output", "seconds", "seed", "regions", "fell_back"}
+    assert told.keys() == {"output", "seconds", "seed", "regions", "confidences", "fell_back"}
     assert told["output"] == "out.png" and told["seed"] == 3 and told["fell_back"] == 0 and told["seconds"] > 0
-    assert told["regions"] == [[box.x, box.y, box.width, box.height]]
+    assert told["regions"] == [[box.x, box.y, box.width, box.height]] and told["confidences"] == [None]  # noise matches nothing
 
 
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(rba):
@@ -138,7 +139,7 @@ def test_a_single_stage_uses_the_whole_reference(rba, loaded, scene, capsys):
     assert torch.allclose(read_image("out.png").rgb, expected, atol=0.51 / 255)
     out, err = capsys.readouterr()
     assert json.loads(out)["regions"] == [None] and json.loads(out)["fell_back"] == 0
-    assert err == ""
+    assert "rba:" not in err
     assert not read_mask("m.png").any()
 
 

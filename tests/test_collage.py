@@ -61,7 +61,7 @@ def test_the_reference_is_laid_where_it_belongs(scale, angle):
     box = crop.box
     assert collage.picture.shape == (3, box.height, box.width) and collage.valid.shape == (box.height, box.width)
     inside = box.crop(mask[None])[0] > 0.5
-    assert collage.confidence > 0.9
+    assert collage.confidence > 0.8  # what lies under the mask is noise, and counts a little
     assert float((collage.picture - box.crop(right))[:, inside].abs().mean()) < 0.02
     assert collage.valid[inside].all()
 

@@ -171,11 +171,12 @@ def test_settings_reach_their_steps(model, scene, monkeypatch):
 
         monkeypatch.setattr(pipeline, name, spy)
     cleaning = pipeline.CleaningSettings(threshold=0.3, flatness=0.0)
-    run(model, scene, layer=8, timestep=3, cleaning=cleaning, steps=2, guidance=1.0, scheduler="euler", feather=1.0, colour_match=False, seed=4)
+    run(model, scene, layer=8, timestep=3, cleaning=cleaning, steps=2, guidance=1.0, scheduler="euler", strength=0.3, feather=2.0, colour_match=False, seed=4)
     assert {k: seen["align"][1][k] for k in ("layer", "timestep", "noise_level", "seed")} == dict(layer=8, timestep=3, noise_level=None, seed=4)
     assert seen["clean"][0][2] is cleaning
-    assert {k: seen["refine"][1][k] for k in ("steps", "guidance", "scheduler", "seed")} == dict(steps=2, guidance=1.0, scheduler="euler", seed=4)
-    assert seen["stitch"][1] == dict(feather=1.0, colour_match=False)
+    options = dict(steps=2, guidance=1.0, scheduler="euler", strength=0.3, seed=4)
+    assert {k: seen["refine"][1][k] for k in options} == options
+    assert seen["stitch"][1] == dict(feather=2.0, colour_match=False)
 
 
 def test_the_two_crops_have_their_own_contexts(model, scene, monkeypatch):
@@ -208,12 +209,22 @@ def test_where_the_pictures_agree_the_region_is_settled_to_the_pixel(model, same
     scene, about = same_product
     guides = spy_on_refine(monkeypatch)
     result = run(model, scene, region_margin=0.0)
-    assert result.confidences[0] > 0.9
+    assert result.confidences[0] > 0.8
     found = result.regions[0].mask
     assert float((found * scene.mask).sum() / torch.maximum(found, scene.mask).sum()) > 0.9
     assert torch.equal(guides[0].mask, found) and result.regions[0].box == Box.around(found)
     outside = scene.mask < 0.5
     assert torch.equal(result.image[:, outside], scene.image[:, outside])
+
+
+def test_the_surer_the_registration_the_closer_to_the_reference_unless_told_otherwise(model, same_product, monkeypatch):
+    scene, _ = same_product
+    seen, usual = [], pipeline.refine
+    monkeypatch.setattr(pipeline, "refine", lambda *args, **kwargs: seen.append(kwargs["strength"]) or usual(*args, **kwargs))
+    confidence = run(model, scene).confidences[0]
+    run(model, scene, strength=0.7)
+    run(model, scene, register=False)
+    assert seen == [pytest.approx(model.config.collage_strength * (1 - confidence)), 0.7, 1.0]
 
 
 def test_where_they_do_not_agree_the_region_stays_as_it_was(model, same_product):

@@ -248,3 +248,39 @@ def test_a_collage_that_is_valid_nowhere_is_none(make_model, scene, crop, laid):
 
 def test_a_model_that_does_not_read_the_collage_ignores_it(model, crop, reference, laid):
     assert torch.equal(refine(model, crop, reference, collage=laid), refine(model, crop, reference))
+
+
+def test_with_strength_0_the_latents_end_as_the_collages(model, crop, reference, laid, monkeypatch):
+    kept = {}
+    decode = model.decode_latents
+    monkeypatch.setattr(model, "decode_latents", lambda latents: decode(kept.setdefault("latents", latents)))
+    refine(model, crop, reference, collage=laid, strength=0.0)
+    with torch.no_grad():
+        shown = torch.where(crop.mask > 0.5, resize(laid.picture, 64, 64), crop.image)
+        assert torch.allclose(kept["latents"], model.encode_image(shown[None]), atol=1e-5)
+
+
+def test_the_more_strength_the_further_from_the_collage(model, crop, reference, laid):
+    shown = torch.where(crop.mask > 0.5, resize(laid.picture, 64, 64), crop.image)
+    with torch.no_grad():
+        as_it_is = model.decode_latents(model.encode_image(shown[None]))[0]
+    inside = crop.mask > 0.5
+    results = [refine(model, crop, reference, collage=laid, strength=strength, steps=4) for strength in (0.0, 0.5, 1.0)]
+    distances = [float((result - as_it_is)[:, inside].abs().mean()) for result in results]
+    assert distances[0] < 1e-4 < distances[1] and distances[0] < distances[2]
+    assert not torch.equal(results[1], results[2])
+
+
+def test_where_the_collage_is_not_valid_it_is_redrawn_whatever_the_strength(model, crop, reference, laid):
+    nowhere = replace(laid, valid=torch.zeros(40, 40))
+    assert torch.equal(refine(model, crop, reference, collage=nowhere, strength=0.0), refine(model, crop, reference))
+
+
+def test_without_a_collage_strength_changes_nothing(model, crop, reference):
+    assert torch.equal(refine(model, crop, reference, strength=0.2), refine(model, crop, reference))
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan")])
+def test_a_strength_outside_0_to_1_is_refused(model, crop, reference, strength):
+    with pytest.raises(InputError, match="strength"):
+        refine(model, crop, reference, strength=strength)

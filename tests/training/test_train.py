@@ -150,8 +150,8 @@ def rba_train(*options: str) -> int:
         ("[data]", "config: .* has no 'autoencoder'"),
         (PLAN.format(model="small", steps=1).replace("[refiner]", "[retoucher]"), "config: .* has no 'refiner'"),
         (PLAN.format(model="giant", steps=1), "model config: 'giant' is not known"),
-        (PLAN.format(model="small", steps=1).replace("texture_size = 64", ""), "config: .* texture_size"),
-        (PLAN.format(model="small", steps=1).replace("crop = 64", ""), "config: .* crop"),
+        (PLAN.format(model="small", steps=1).replace("texture_size = 64", ""), "config: .*texture_size"),
+        (PLAN.format(model="small", steps=1).replace("crop = 64", ""), "config: .*crop"),
     ],
 )
 def test_a_plan_that_cannot_be_followed_is_told_in_one_line(tmp_path, small_config, capsys, text, message):
