@@ -79,7 +79,7 @@ def align(options) -> None:
         write_mask(options.raw, soft / soft.max().clamp(min=1e-9))
     region = clean(raw, whole, CleaningSettings(threshold=options.threshold))
     closer = zoom_crop(image, mask, model.config.image_size, context=model.config.context, multiple=model.stride)
-    region, _ = register(closer, reference, whole.mask, region, image, Settings(register=not options.no_register))
+    region, _ = register(closer, reference, whole.mask, region, image, Settings(register=not options.no_register, min_confidence=options.min_confidence))
     write_mask(options.output, region.mask)
     if options.overlay:
         write_image(options.overlay, overlay(reference, region.soft, region.mask))
@@ -155,6 +155,7 @@ def _settings(options):
         noise_level=options.noise_level,
         cleaning=CleaningSettings(threshold=options.threshold),
         register=not options.no_register,
+        min_confidence=options.min_confidence,
         strength=options.strength,
         detail_transfer=options.detail_transfer,
         steps=options.steps,
@@ -174,7 +175,7 @@ def _load(options):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError("device", f"{device!r} is not available here", "use cpu, cuda, cuda:N or mps") from error
     return RefineByAlign.load(options.model, device=device, dtype=dtype)
@@ -219,6 +220,7 @@ def parser() -> argparse.ArgumentParser:
     noise.add_argument("--timestep", type=int, help="noise at alignment as a step of 50, 0 = the noisiest (default: the model's, 0)")
     noise.add_argument("--noise-level", type=float, metavar="S", help="noise at alignment as its standard deviation, 0-1")
     inputs.add_argument("--no-register", action="store_true", help="leave M* as attention gave it (the paper)")
+    inputs.add_argument("--min-confidence", type=float, default=0.45, metavar="C", help="what the registration must reach to be used, -1 to 1 (default: %(default)s)")
     inputs.add_argument("--threshold", type=float, default=0.4, help="share of the map's peak that belongs to M* (default: %(default)s)")
 
     command = commands.add_parser("refine", parents=[inputs, model], help="redraw the masked part from the matching part of the reference")

@@ -74,7 +74,7 @@ def transfer_detail(redrawn: Tensor, collage: Collage, mask: Tensor, amount: flo
     """Carry the collage's high frequencies into a redrawn crop `[3, S, S]`, under its mask and where it is valid;
     what is broader than 1/32 of the crop stays as redrawn."""
     size = collage.picture.shape[-1]
-    redrawn = resize(redrawn, size, size)
+    redrawn = resize(redrawn.to(collage.picture), size, size)
     shown = resize_mask(mask, size, size) * collage.valid
     difference = (collage.picture - redrawn).numpy()
     detail = difference - gaussian_filter(difference, (0, size / 32, size / 32))
@@ -195,7 +195,7 @@ def _fit_affine(crop: ZoomCrop, layers: Tensor, placement: Tensor, rounds: int =
             robust = weight / (1 + (residual / 0.1).square().mean(0))
             jacobian = torch.stack([slope * value for slope in (slope_x, slope_y) for value in (x, y, ones)], -1)
             normal = torch.einsum("chwi,hw,chwj->ij", jacobian, robust, jacobian)
-            step = torch.linalg.solve(normal + 0.02 * normal.diagonal().mean() * torch.eye(6), torch.einsum("chwi,hw,chw->i", jacobian, robust, residual))
+            step = torch.linalg.solve(normal + (0.02 * normal.diagonal().mean() + 1e-6) * torch.eye(6), torch.einsum("chwi,hw,chw->i", jacobian, robust, residual))
             placement = placement + step.view(2, 3)
         placement = best[1]
     return best

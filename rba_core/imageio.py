@@ -45,6 +45,8 @@ def _open(path: str | Path, name: str) -> Image.Image:
 def _sixteen_bit(path: Path, picture: Image.Image) -> bool:
     if picture.mode.startswith(("I", "F")):
         return True
+    if picture.format == "TIFF":
+        return max(picture.tag_v2.get(258, (8,))) > 8
     if picture.format == "PNG":  # Pillow reads 16-bit RGB as 8-bit and does not say so
         with open(path, "rb") as file:
             return file.read(25)[24] == 16
@@ -69,12 +71,17 @@ def read_image(path: str | Path, name: str = "image") -> Picture:
 
 
 def read_mask(path: str | Path, name: str = "mask") -> Tensor:
-    """Read a mask as `[H, W]` in {0, 1}: the alpha channel of a file that has nothing but alpha, else grey, > 127."""
+    """Read a mask as `[H, W]` in {0, 1}: where any colour is above half, or, painted on a transparent layer, its alpha."""
     picture = ImageOps.exif_transpose(_open(path, name))
-    if picture.mode.startswith(("I", "F")):
-        grey = np.asarray(picture, np.float64)
-        return torch.from_numpy(grey > (32767 if grey.max() > 255 else 127)).float()
-    return torch.from_numpy(np.asarray(picture.convert("L")) > 127).float()
+    if picture.mode.startswith("I"):
+        return torch.from_numpy(np.asarray(picture, np.float64) > 32767).float()
+    if picture.mode == "F":
+        return torch.from_numpy(np.asarray(picture) > 0.5).float()
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        alpha = np.asarray(picture.convert("RGBA"))[..., 3]
+        if alpha.min() < 128:
+            return torch.from_numpy(alpha > 127).float()
+    return torch.from_numpy(np.asarray(picture.convert("RGB")).max(-1) > 127).float()
 
 
 def check_output(path: str | Path, lossless: bool = True) -> Path:
@@ -82,6 +89,8 @@ def check_output(path: str | Path, lossless: bool = True) -> Path:
     path = Path(path)
     if lossless and path.suffix.lower() not in LOSSLESS:
         raise InputError("output", f"{path.name} would be stored with loss or in an unknown format, changing pixels outside the mask", f"use one of {', '.join(LOSSLESS)}")
+    if path.is_dir():
+        raise InputError("output", f"{path} is a folder", "give a file")
     if not path.parent.is_dir():
         raise InputError("output", f"folder {path.parent} does not exist", "create it first")
     return path
@@ -97,6 +106,8 @@ def write_image(path: str | Path, rgb: Tensor, like: Picture | None = None) -> N
     pixels = to_bytes(rgb)
     info = dict(like.info or {}) if like else {}
     if like is not None and like.alpha is not None:
+        if Path(path).suffix.lower() == ".bmp":
+            raise InputError("output", f"{Path(path).name} cannot hold the picture's alpha", "use .png, .webp or .tif")
         pixels = np.concatenate([pixels, like.alpha[..., None]], -1)
     write_picture(path, Image.fromarray(pixels), **info)
 

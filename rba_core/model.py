@@ -284,7 +284,12 @@ class RefineByAlign(nn.Module):
                 file.chmod(0o644)  # safetensors writes 0600, unreadable for a server under another user
             if folder.exists():
                 os.replace(folder, former)
-            os.replace(partial, folder)
+            try:
+                os.replace(partial, folder)
+            except OSError:
+                if former.exists():
+                    os.replace(former, folder)
+                raise
         finally:
             for leftover in (partial, former):
                 shutil.rmtree(leftover, ignore_errors=True)

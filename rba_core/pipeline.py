@@ -67,7 +67,7 @@ class Refined:
 
     image: Tensor
     regions: list[MatchedRegion | None]
-    confidences: list[float | None]
+    confidences: list[float | None] = field(default_factory=list)
 
 
 def refine_by_align(
@@ -91,11 +91,13 @@ def refine_by_align(
     check_inputs(image, mask, reference, reference_mask)
     if reference_mask is None:
         reference_mask = torch.ones(reference.shape[-2:])
+    if settings.on_flat not in ("error", "single-stage"):
+        raise InputError("on_flat", f"is {settings.on_flat!r}", "use error or single-stage")
     whole = encode_reference(model, reference, reference_mask)
     artifacts = [mask] if settings.one_crop else separate(mask)
     result, regions, confidences = image, [], []
     for index, artifact in enumerate(artifacts):
-        crop = zoom_crop(result, artifact, model.config.image_size, context=settings.context or model.config.context, multiple=model.stride)
+        crop = zoom_crop(result, artifact, model.config.image_size, context=model.config.context if settings.context is None else settings.context, multiple=model.stride)
         guide, collage = whole, None
         region = None if settings.single_stage else find_region(model, result, artifact, whole, settings, seed)
         if region is not None:
@@ -118,7 +120,7 @@ def refine_by_align(
 
 def find_region(model: RefineByAlign, image: Tensor, mask: Tensor, whole: EncodedReference, settings: Settings, seed: int) -> MatchedRegion | None:
     """Align and clean: M* of one artifact, or `None` where the map says nothing and `on_flat` allows it."""
-    context = settings.alignment_context or model.config.alignment_context
+    context = model.config.alignment_context if settings.alignment_context is None else settings.alignment_context
     crop = zoom_crop(image, mask, model.config.image_size, context=context, multiple=model.stride)
     raw = align(model, crop, whole, layer=settings.layer, timestep=settings.timestep, noise_level=settings.noise_level, seed=seed)
     try:

@@ -58,11 +58,15 @@ def largest_blob(soft: np.ndarray, level: float) -> np.ndarray:
 
 def clean(raw: Tensor, reference: EncodedReference, settings: CleaningSettings = CleaningSettings()) -> MatchedRegion:
     """M^(t,l) `[N, N]` -> M*. Raises `InputError` where the map is empty or flat."""
+    if not 0 < settings.threshold <= 1:
+        raise InputError("threshold", f"is {settings.threshold:g}", "use a share of the peak, above 0 and up to 1")
     if not torch.isfinite(raw).all() or raw.amax() <= 0:
         raise InputError("alignment", "gave an empty map", "check that the mask lies on the object, or align another layer or timestep")
     coverage = reference.to_tokens(reference.mask)
     token_map = remove_border_peaks((raw * coverage).numpy(), settings.peak_support)
-    on_object = coverage.numpy() > 0.1
+    on_object = coverage.numpy() > 0.1 * float(coverage.max())
+    if token_map.max() <= 0:
+        raise InputError("alignment", "gave nothing but noise at the border", "check that the mask lies on the object, or align another layer or timestep")
     if token_map.max() < settings.flatness * token_map[on_object].mean():
         raise InputError(
             "alignment",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from typing import Callable
 
 import diffusers
@@ -62,6 +64,10 @@ def refine(
         raise InputError("steps", f"is {steps}", "use 1 or more")
     if not 0 <= strength <= 1:
         raise InputError("strength", f"is {strength:g}", "use 0 (the collage as it is) to 1 (the collage as a hint)")
+    if not math.isfinite(guidance):
+        raise InputError("guidance", f"is {guidance}", "use a number, 1 = off")
+    if steps > model.scheduler.config.num_train_timesteps:
+        raise InputError("steps", f"is {steps}", f"use at most {model.scheduler.config.num_train_timesteps}, what the model was trained with")
     sampler = make_scheduler(model, scheduler or model.config.scheduler)
     sampler.set_timesteps(steps)
 
@@ -83,6 +89,8 @@ def refine(
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(known.shape, generator=generator).to(known)
     latents = noise * sampler.init_noise_sigma
+    # of the schedulers, the ancestral ones draw noise in each step
+    seeded = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
     departure = round((1 - strength) * len(sampler.timesteps))
     for index, timestep in enumerate(sampler.timesteps):
         scaled = sampler.scale_model_input(latents, timestep)
@@ -91,7 +99,7 @@ def refine(
         if guidance != 1:
             dropped, guided = prediction.chunk(2)
             prediction = dropped + guidance * (guided - dropped)
-        latents = sampler.step(prediction, timestep, latents, return_dict=False)[0]
+        latents = sampler.step(prediction, timestep, latents, return_dict=False, **seeded)[0]
         last = index + 1 == len(sampler.timesteps)
         surround = known if last else sampler.add_noise(known, noise, sampler.timesteps[index + 1 : index + 2])
         free = hole * (1 - given) if index + 1 <= departure else hole

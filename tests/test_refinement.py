@@ -246,10 +246,6 @@ def test_a_collage_that_is_valid_nowhere_is_none(make_model, scene, crop, laid):
     assert torch.allclose(refine(model, crop, reference, collage=nowhere), refine(model, crop, reference), atol=1e-5)
 
 
-def test_a_model_that_does_not_read_the_collage_ignores_it(model, crop, reference, laid):
-    assert torch.equal(refine(model, crop, reference, collage=laid), refine(model, crop, reference))
-
-
 def test_with_strength_0_the_latents_end_as_the_collages(model, crop, reference, laid, monkeypatch):
     kept = {}
     decode = model.decode_latents
