@@ -66,7 +66,8 @@ def resize(picture: Tensor, height: int, width: int) -> Tensor:
     """Resample `[C, H, W]` (bicubic, low-pass filtered when shrinking), kept in [0, 1]."""
     if picture.shape[-2:] == (height, width):
         return picture
-    return F.interpolate(picture[None], (height, width), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    resampled = F.interpolate(picture[None].float(), (height, width), mode="bicubic", antialias=True)[0]  # no half on a CPU
+    return resampled.clamp(0, 1).to(picture.dtype)
 
 
 def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:

@@ -309,12 +309,14 @@ class RefineByAlign(nn.Module):
             known = {f.name for f in fields(ModelConfig)}
             if unknown := set(settings) - known:
                 raise InputError("model", f"{folder / 'config.json'} has unknown keys {sorted(unknown)}", "use a folder written by this version or a newer pack")
+            # the libraries translate published weights' names for their own class only
+            encoder = Encoder if json.loads((folder / "encoder" / "config.json").read_text()).get("stem") else Dinov2Model
             autoencoder = AUTOENCODERS[json.loads((folder / "vae" / "config.json").read_text())["_class_name"]]
             model = cls(
                 ModelConfig(**settings),
                 read_part(autoencoder, folder / "vae"),
                 read_part(UNet2DConditionModel, folder / "unet"),
-                read_part(Encoder, folder / "encoder"),
+                read_part(encoder, folder / "encoder"),
                 DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True),
             )
             mlp = load_file(folder / "projector.safetensors")

@@ -66,7 +66,7 @@ def clean(raw: Tensor, reference: EncodedReference, settings: CleaningSettings =
     token_map = remove_border_peaks((raw * coverage).numpy(), settings.peak_support)
     on_object = coverage.numpy() > 0.1 * float(coverage.max())
     if token_map.max() <= 0:
-        raise InputError("alignment", "gave nothing but noise at the border", "check that the mask lies on the object, or align another layer or timestep")
+        raise InputError("alignment", "gave an empty map: nothing but noise at the border", "check that the mask lies on the object, or align another layer or timestep")
     if token_map.max() < settings.flatness * token_map[on_object].mean():
         raise InputError(
             "alignment",

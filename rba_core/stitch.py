@@ -47,7 +47,7 @@ def stitch(image: Tensor, mask: Tensor, redrawn: Tensor, box: Box, *, feather: f
     """
     redrawn = resize(redrawn.to(image), box.height, box.width)
     original = box.crop(image)
-    cut_mask = box.crop(mask[None], fill=0.0)[0]
+    cut_mask = box.crop(mask[None])[0]
     if colour_match:
         redrawn = (redrawn + colour_offset(redrawn, original, cut_mask)).clamp(0, 1)
     weight = feather_inside(cut_mask, feather)

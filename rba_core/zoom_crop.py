@@ -56,7 +56,7 @@ def zoom_crop(image: Tensor, mask: Tensor, size: int, *, context: float = 2.0, m
     border's own pixels are repeated.
     """
     box = crop_box(mask, context, multiple)
-    cut_mask = resize_mask(box.crop(mask[None], fill=0.0)[0], size, size)
+    cut_mask = resize_mask(box.crop(mask[None])[0], size, size)
     if not cut_mask.any():  # a mask of few pixels in a wide crop may vanish when shrunk
-        cut_mask = (torch.nn.functional.adaptive_max_pool2d(box.crop(mask[None], fill=0.0)[None], size)[0, 0] > 0.5).float()
+        cut_mask = (torch.nn.functional.adaptive_max_pool2d(box.crop(mask[None])[None], size)[0, 0] > 0.5).float()
     return ZoomCrop(resize(box.crop(image), size, size), cut_mask, box)

@@ -104,7 +104,7 @@ class SceneSampler:
         image = sampled[:, :3] * alpha + self._background(batch) * (1 - alpha)
 
         coarse = grid(self.image_size // 4, batch)
-        coarse_uv = F.interpolate(uv.movedim(-1, 1), coarse.shape[1:3], mode="bilinear", antialias=True).movedim(1, -1)
+        coarse_uv = F.interpolate(uv.movedim(-1, 1), coarse.shape[1:3], mode="area").movedim(1, -1)
         coarse_mask = F.interpolate(mask, coarse.shape[1:3], mode="area")[:, 0]
         uv_to_reference = self._uv_to_reference(texture[:, 3:])
         if mode == "refinement":

@@ -20,6 +20,12 @@ from .loop import optimise
 from .refiner import RefinerObjective
 
 LEGS = ("encoder", "autoencoder", "refiner")
+REQUIRED = {
+    "data": ("textures", "texture_size", "redrawn_per_step"),
+    "encoder": ("steps", "batch", "learning_rate", "ema"),
+    "autoencoder": ("steps", "batch", "crop", "learning_rate", "ema"),
+    "refiner": ("steps", "batch", "learning_rate", "mlp_learning_rate", "ema"),
+}
 
 
 def train(config: Path, output: Path, *, photos: str | None = None, legs: list[str] | None = None) -> None:
@@ -36,6 +42,9 @@ def train(config: Path, output: Path, *, photos: str | None = None, legs: list[s
         raise InputError("config", f"{config} is not TOML ({error})", "correct that line") from error
     if missing := {"model", "data", *LEGS} - set(plan):
         raise InputError("config", f"{config} has no {sorted(missing)[0]!r}", "see configs/train-rba-tiny.toml")
+    for section, keys in REQUIRED.items():
+        if absent := set(keys) - set(plan[section]):
+            raise InputError("config", f"{config} lacks {sorted(absent)[0]!r} in [{section}]", "see configs/train-rba-tiny.toml")
     if unknown := set(legs or ()) - set(LEGS):
         raise InputError("legs", f"{sorted(unknown)[0]!r} is not known", f"use some of {', '.join(LEGS)}")
     if photos and not Path(photos).is_dir():
