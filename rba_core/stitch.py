@@ -45,11 +45,11 @@ def stitch(image: Tensor, mask: Tensor, redrawn: Tensor, box: Box, *, feather: f
     box       where the crop stands in the image
     feather   width of the blend in pixels of the image, inside the mask
     """
-    redrawn = resize(redrawn.to(image), box.height, box.width)
-    original = box.crop(image)
+    redrawn = resize(redrawn.to(image.device).float(), box.height, box.width)
+    original = box.crop(image).float()
     cut_mask = box.crop(mask[None])[0]
     if colour_match:
         redrawn = (redrawn + colour_offset(redrawn, original, cut_mask)).clamp(0, 1)
     weight = feather_inside(cut_mask, feather)
     blended = torch.where(weight > 0, original + weight * (redrawn - original), original)
-    return box.paste(image, blended)
+    return box.paste(image, blended.to(image.dtype))
