@@ -31,7 +31,7 @@ def _open(path: str | Path, name: str) -> Image.Image:
     path = Path(path)
     if not path.is_file():
         raise InputError(name, f"{path} does not exist", "check the path")
-    Image.MAX_IMAGE_PIXELS = None  # the limit below is ours and has a message of its own
+    pillows_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the limit below is ours and has a message of its own
     try:
         picture = Image.open(path)
         if max(picture.size) > LARGEST:
@@ -39,6 +39,8 @@ def _open(path: str | Path, name: str) -> Image.Image:
         picture.load()
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise InputError(name, f"{path} cannot be read ({error})", "give a whole PNG, JPEG, WebP or TIFF file") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = pillows_limit
     return picture
 
 

@@ -33,6 +33,9 @@ class ModelConfig:
     """What a model needs to know beyond the configs of its parts.
 
     image_size          side of the zoom-in crop, pixels
+    encoder_stem        channels of a strided convolution in front of the encoder, 0 = DINOv2 as it is. A transformer
+                        trained briefly learns much faster behind one (Xiao et al. 2021); its config then has
+                        these as `num_channels`, and half the patch size
     context_features    channels that the U-Net sees of the crop's own encoder tokens, 0 = the paper's input.
                         A small U-Net finds its place in the reference faster with them. The masked part is
                         blank for them in refinement; in alignment they see the artifact, as z_t does: colours
@@ -47,6 +50,7 @@ class ModelConfig:
     """
 
     image_size: int = 512
+    encoder_stem: int = 0
     context_features: int = 0
     collage: bool = False
     collage_strength: float = 0.5
@@ -64,28 +68,6 @@ def imagenet_normalised(pictures: Tensor) -> Tensor:
     """`[B, 3, H, W]` in [0, 1] -> zero mean, unit variance over ImageNet, as DINOv2 expects."""
     mean, std = (pictures.new_tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
     return (pictures - mean) / std
-
-
-class ConvolutionalPatches(nn.Sequential):
-    """Patch embedding of two convolutions in place of DINOv2's one: a transformer trained briefly learns much
-    faster from them (Xiao et al. 2021)."""
-
-    def __init__(self, channels: int, hidden: int, patch: int):
-        super().__init__(nn.Conv2d(3, channels, 7, stride=2, padding=3), nn.GELU(), nn.Conv2d(channels, hidden, patch // 2, stride=patch // 2))
-
-    @property
-    def weight(self) -> Tensor:
-        """Where `Dinov2Model` looks up its dtype."""
-        return self[0].weight
-
-
-class Encoder(Dinov2Model):
-    """phi: DINOv2 as it is, or with `ConvolutionalPatches` where its config sets `stem` channels."""
-
-    def __init__(self, config: Dinov2Config):
-        super().__init__(config)
-        if stem := getattr(config, "stem", 0):
-            self.embeddings.patch_embeddings.projection = ConvolutionalPatches(stem, config.hidden_size, config.patch_size)
 
 
 class ContextAdapter(nn.Module):
@@ -149,6 +131,7 @@ class RefineByAlign(nn.Module):
     vae         `AutoencoderKL`, or the small `BlockAutoencoder`
     unet        `UNet2DConditionModel` with 16 cross-attention layers in SD topology; input channels
                 [z_t, M_a, masked latents, collage, context features]
+    stem        convolution in front of it, where the config asks for one
     encoder     `Dinov2Model`, phi
     projector   the MLP: tokens -> context of the U-Net
     scheduler   noise schedule
@@ -158,6 +141,7 @@ class RefineByAlign(nn.Module):
         super().__init__()
         self.config = config
         self.vae, self.unet, self.encoder, self.scheduler = vae, unet, encoder, scheduler
+        self.stem = nn.Sequential(nn.Conv2d(3, config.encoder_stem, 7, stride=2, padding=3), nn.GELU()) if config.encoder_stem else None
         width, context = encoder.config.hidden_size, unet.config.cross_attention_dim
         self.projector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, context), nn.GELU(), nn.Linear(context, context))
         self.context_projector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.context_features)) if config.context_features else None
@@ -185,11 +169,19 @@ class RefineByAlign(nn.Module):
     @property
     def encoder_size(self) -> int:
         """Side of the encoder's input, pixels: 224, 16 x 16 patches of 14."""
-        return 16 * self.encoder.config.patch_size
+        return 16 * self.patch_size
+
+    @property
+    def patch_size(self) -> int:
+        """Side of what one token covers, pixels of the encoder's input."""
+        return self.encoder.config.patch_size * (2 if self.stem is not None else 1)
 
     def tokens(self, pictures: Tensor) -> Tensor:
         """phi: `[B, 3, 224, 224]` in [0, 1] -> `[B, 256, hidden]`, class token dropped."""
-        return self.encoder(imagenet_normalised(pictures.to(self.device, self.dtype))).last_hidden_state[:, 1:]
+        pictures = imagenet_normalised(pictures.to(self.device, self.dtype))
+        if self.stem is not None:
+            pictures = self.stem(pictures)
+        return self.encoder(pictures).last_hidden_state[:, 1:]
 
     def embed(self, pictures: Tensor) -> Tensor:
         """Eq. 3, E = MLP(phi(I_r)): `[B, 3, 224, 224]` -> `[B, 256, C]`."""
@@ -264,7 +256,7 @@ class RefineByAlign(nn.Module):
             ModelConfig(**parts["model"]),
             AUTOENCODERS[parts["vae"].pop("_class_name")](**parts["vae"]),
             UNet2DConditionModel(**parts["unet"]),
-            Encoder(Dinov2Config(**parts["encoder"])),
+            Dinov2Model(Dinov2Config(**parts["encoder"])),
             DDIMScheduler(**parts["scheduler"]),
         ).eval()
 
@@ -279,7 +271,7 @@ class RefineByAlign(nn.Module):
             with quiet():
                 for part in ("vae", "unet", "encoder", "scheduler"):
                     getattr(self, part).save_pretrained(partial / part)
-            save_file({k: v.contiguous() for k, v in self._mlp_state().items()}, partial / "projector.safetensors")
+            save_file({k: v.contiguous() for k, v in self._own_state().items()}, partial / "projector.safetensors")
             for file in partial.rglob("*.safetensors"):
                 file.chmod(0o644)  # safetensors writes 0600, unreadable for a server under another user
             if folder.exists():
@@ -294,8 +286,8 @@ class RefineByAlign(nn.Module):
             for leftover in (partial, former):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def _mlp_state(self) -> dict[str, Tensor]:
-        return {k: v for k, v in self.state_dict().items() if k.startswith(("projector.", "context_"))}
+    def _own_state(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.state_dict().items() if k.startswith(("projector.", "context_", "stem."))}
 
     @classmethod
     def load(cls, source: str | Path = "rba-tiny", *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> RefineByAlign:
@@ -309,20 +301,18 @@ class RefineByAlign(nn.Module):
             known = {f.name for f in fields(ModelConfig)}
             if unknown := set(settings) - known:
                 raise InputError("model", f"{folder / 'config.json'} has unknown keys {sorted(unknown)}", "use a folder written by this version or a newer pack")
-            # the libraries translate published weights' names for their own class only
-            encoder = Encoder if json.loads((folder / "encoder" / "config.json").read_text()).get("stem") else Dinov2Model
             autoencoder = AUTOENCODERS[json.loads((folder / "vae" / "config.json").read_text())["_class_name"]]
             model = cls(
                 ModelConfig(**settings),
                 read_part(autoencoder, folder / "vae"),
                 read_part(UNet2DConditionModel, folder / "unet"),
-                read_part(encoder, folder / "encoder"),
+                read_part(Dinov2Model, folder / "encoder"),
                 DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True),
             )
-            mlp = load_file(folder / "projector.safetensors")
-            if mismatch := set(mlp) ^ set(model._mlp_state()):
+            own = load_file(folder / "projector.safetensors")
+            if mismatch := set(own) ^ set(model._own_state()):
                 raise InputError("model", f"{folder / 'projector.safetensors'} has other keys ({sorted(mismatch)[0]} …)", "use the projector saved with this model")
-            model.load_state_dict(mlp, strict=False)
+            model.load_state_dict(own, strict=False)
         except InputError:
             raise
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
-from transformers import Dinov2Config
+from transformers import Dinov2Config, Dinov2Model
 
 from rba_core.alignment import cross_attentions
-from rba_core.model import Encoder, ModelConfig, RefineByAlign
+from rba_core.model import ModelConfig, RefineByAlign
 
 hypothesis.settings.register_profile("rba", max_examples=60, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("rba")
@@ -50,7 +50,7 @@ def build_model(context_features: int = 0, prediction: str = "epsilon", sharpnes
             attention_head_dim=2,
             norm_num_groups=8,
         ),
-        Encoder(Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=14)),
+        Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=14)),
         DDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,

@@ -1,19 +1,19 @@
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Dinov2Config
+from transformers import Dinov2Config, Dinov2Model
 
 from rba_core import model as model_module
 from rba_core.alignment import cross_attentions
 from rba_core.autoencoder import BlockAutoencoder
 from rba_core.errors import InputError
-from rba_core.model import Encoder, ModelConfig, RefineByAlign
+from rba_core.model import ModelConfig, RefineByAlign
 from rba_core.pipeline import refine_by_align
 
 TINY_DINOV2 = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=14)
@@ -52,8 +52,9 @@ def test_a_model_loaded_again_has_the_same_weights_config_and_outputs(every_mode
 
 def test_a_convolutional_stem_comes_back_too(make_model, tmp_path):
     plain = make_model()
-    encoder = Encoder(Dinov2Config(**TINY_DINOV2, stem=8))
-    stemmed = RefineByAlign(plain.config, plain.vae, plain.unet, encoder, plain.scheduler).eval()
+    encoder = Dinov2Model(Dinov2Config(**TINY_DINOV2 | {"num_channels": 8, "image_size": 112, "patch_size": 7}))
+    stemmed = RefineByAlign(replace(plain.config, encoder_stem=8), plain.vae, plain.unet, encoder, plain.scheduler).eval()
+    assert stemmed.encoder_size == 224 and stemmed.patch_size == 14
     stemmed.save(tmp_path / "stemmed")
     loaded = RefineByAlign.load(tmp_path / "stemmed")
     picture = torch.rand(1, 3, 224, 224)
@@ -79,25 +80,34 @@ def test_a_block_autoencoder_comes_back_too(make_model, tmp_path):
         assert torch.allclose(loaded.decode_latents(torch.ones(1, 4, 8, 8)), model.decode_latents(torch.ones(1, 4, 8, 8)), atol=1e-5)
 
 
-@pytest.mark.parametrize("mlp", [{}, {"use_swiglu_ffn": True}], ids=["", "gated, as giant"])
-def test_an_encoder_with_the_names_that_published_dinov2_weights_have_is_read(make_model, tmp_path, mlp):
-    """transformers 4 writes these names, 5 has others for the same weights and translates them for its own classes."""
+PUBLISHED_AND_NEWER = [
+    ("attention.attention.query", "attention.q_proj"),
+    ("attention.attention.key", "attention.k_proj"),
+    ("attention.attention.value", "attention.v_proj"),
+    ("attention.output.dense", "attention.o_proj"),
+    ("mlp.weights_out", "mlp.down_proj"),
+]
+"""Names of DINOv2's weights as published and in transformers 4, and in transformers 5."""
+
+
+def named(state: dict, newer: bool) -> dict:
+    for published, new in PUBLISHED_AND_NEWER:
+        state = {name.replace(*((published, new) if newer else (new, published))): value for name, value in state.items()}
+    for gate in [name for name in state if "mlp.gate_proj" in name and not newer]:
+        state[gate.replace("gate_proj", "weights_in")] = torch.cat([state.pop(gate), state.pop(gate.replace("gate_proj", "up_proj"))])
+    for both in [name for name in state if "mlp.weights_in" in name and newer]:
+        state[both.replace("weights_in", "gate_proj")], state[both.replace("weights_in", "up_proj")] = state.pop(both).chunk(2)
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["names of transformers 4", "names of transformers 5"])
+@pytest.mark.parametrize("variant", [{}, {"use_swiglu_ffn": True}], ids=["DINOv2", "DINOv2 giant"])
+def test_an_encoder_loads_whichever_version_of_transformers_wrote_it(make_model, tmp_path, variant, newer):
     plain = make_model()
-    encoder = Encoder(Dinov2Config(**TINY_DINOV2, **mlp))
+    encoder = Dinov2Model(Dinov2Config(**TINY_DINOV2, **variant))
     model = RefineByAlign(plain.config, plain.vae, plain.unet, encoder, plain.scheduler).eval()
     model.save(tmp_path / "m")
-    published = {}
-    for name, value in encoder.state_dict().items():
-        for ours, theirs in (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value"), ("o_proj", "output.dense"), ("down_proj", "weights_out")):
-            name = name.replace(ours, theirs)
-        if "up_proj" in name:
-            continue
-        if "gate_proj" in name:
-            value = torch.cat([value, encoder.state_dict()[name.replace("gate_proj", "up_proj")]])
-            name = name.replace("gate_proj", "weights_in")
-        published[name] = value.contiguous()
-    assert "encoder.layer.0.attention.attention.query.weight" in published
-    save_file(published, tmp_path / "m" / "encoder" / "model.safetensors", metadata={"format": "pt"})
+    save_file(named(encoder.state_dict(), newer), tmp_path / "m" / "encoder" / "model.safetensors", metadata={"format": "pt"})
     picture = torch.rand(1, 3, 224, 224)
     with torch.no_grad():
         assert torch.allclose(RefineByAlign.load(tmp_path / "m").tokens(picture), model.tokens(picture), atol=1e-4)

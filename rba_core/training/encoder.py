@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Model
 
 from ..data.scenes import REFERENCE_FILL, Scenes, grid
-from ..model import imagenet_normalised
+from ..model import RefineByAlign
 
 
 def place_tokens(encoder: Dinov2Model) -> None:
@@ -30,25 +30,25 @@ def place_tokens(encoder: Dinov2Model) -> None:
 
 
 class EncoderObjective(nn.Module):
-    def __init__(self, encoder: Dinov2Model, width: int = 128):
+    def __init__(self, model: RefineByAlign, width: int = 128):
         super().__init__()
-        self.encoder = encoder
-        hidden, patch = encoder.config.hidden_size, encoder.config.patch_size
+        self.stem, self.encoder = model.stem, model.encoder
+        self.tokens, self.patch = model.tokens, model.patch_size
+        hidden = model.encoder.config.hidden_size
         self.match = nn.Linear(hidden, width)
-        self.paint = nn.Linear(hidden, 3 * patch * patch)
+        self.paint = nn.Linear(hidden, 3 * self.patch**2)
         self.temperature = nn.Parameter(torch.tensor(2.5))
 
     def forward(self, scenes: Scenes, damaged: Tensor) -> dict[str, Tensor]:
         pictures = torch.cat([damaged, scenes.reference])
-        tokens = self.encoder(imagenet_normalised(pictures)).last_hidden_state[:, 1:]
+        tokens = self.tokens(pictures)
         query, key = F.normalize(self.match(tokens).float(), dim=-1).chunk(2)
         similarity = (query @ key.mT) * self.temperature.exp()
         target = token_targets(scenes.flow, scenes.visible, side=16)
         forward = -(target * similarity.log_softmax(-1)).sum() / target.sum().clamp(min=1)
         backward_target = target / target.sum(1, keepdim=True).clamp(min=0.5)
         backward = -(backward_target * similarity.log_softmax(1)).sum() / backward_target.sum().clamp(min=1)
-        patch = self.encoder.config.patch_size
-        pixels = F.pixel_unshuffle(pictures, patch).flatten(2).mT
+        pixels = F.pixel_unshuffle(pictures, self.patch).flatten(2).mT
         painted = F.mse_loss(self.paint(tokens).float(), (pixels - 0.5) / 0.25)
         return {"match": forward, "back": 0.5 * backward, "paint": painted}
 

@@ -38,6 +38,8 @@ class RefinerObjective(nn.Module):
         super().__init__()
         model.vae.requires_grad_(False)
         model.encoder.requires_grad_(False)
+        if model.stem is not None:
+            model.stem.requires_grad_(False)
         self.model, self.settings = model, settings
         self.hidden: dict[int, Tensor] = {}
         self.attention_layers = cross_attentions(model.unet)

@@ -70,7 +70,7 @@ def train(config: Path, output: Path, *, photos: str | None = None, legs: list[s
 
 def train_encoder(model: RefineByAlign, bank: TextureBank, plan: dict, checkpoint: Path, redrawn: int, seed: int) -> None:
     place_tokens(model.encoder)
-    objective = EncoderObjective(model.encoder)
+    objective = EncoderObjective(model)
     sampler = SceneSampler(bank, seed, image_size=model.encoder_size, reference_size=model.encoder_size)
 
     def loss(step: int) -> dict:

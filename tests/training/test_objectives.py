@@ -105,7 +105,7 @@ def small(make_model):
 
 
 def test_the_encoders_objective_is_finite_and_trains_the_encoder(small, sampler):
-    objective = EncoderObjective(small.encoder, width=16)
+    objective = EncoderObjective(small, width=16)
     scenes = SceneSampler(sampler.bank, 1, image_size=224, reference_size=224).sample(2, "alignment")
     terms = objective(scenes, damage(scenes, torch.Generator().manual_seed(0), shares=(0.6, 0.2, 0.2, 0.0)))
     assert terms.keys() == {"match", "back", "paint"} and finite(terms)
@@ -116,7 +116,7 @@ def test_the_encoders_objective_is_finite_and_trains_the_encoder(small, sampler)
 
 def test_the_matching_loss_falls_when_the_crop_is_the_reference(small):
     """A picture against itself is easier than against another: the targets are the right way round."""
-    objective = EncoderObjective(small.encoder, width=32)
+    objective = EncoderObjective(small, width=32)
     pictures = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).repeat_interleave(14, 2).repeat_interleave(14, 3)
     flow = grid(56, 2)
     itself = Scenes(pictures, torch.zeros(2, 1, 224, 224), pictures, flow, everywhere(flow))

@@ -46,13 +46,13 @@ def small_config(tmp_path, monkeypatch):
     """A config "small", the topology of rba-tiny at tiny widths."""
     folder = shutil.copytree(model_module.CONFIGS, tmp_path / "configs")
     parts = json.loads((folder / "rba-tiny.json").read_text())
-    parts["model"] |= {"image_size": 64, "context_features": 8}
+    parts["model"] |= {"image_size": 64, "context_features": 8, "encoder_stem": 8}
     parts["vae"] |= {"luma": 4, "chroma": 1, "width": 4, "latent_channels": 6}
     parts["unet"] |= {
         "sample_size": 8, "in_channels": 6 + 1 + 6 + 1 + 6 + 8, "out_channels": 6, "block_out_channels": [16, 16, 32, 32],
         "cross_attention_dim": 32, "attention_head_dim": 2, "norm_num_groups": 8,
     }  # fmt: skip
-    parts["encoder"] |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "stem": 8}
+    parts["encoder"] |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_channels": 8}
     (folder / "small.json").write_text(json.dumps(parts))
     monkeypatch.setattr(model_module, "CONFIGS", folder)
 
