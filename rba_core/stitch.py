@@ -36,6 +36,16 @@ def colour_offset(redrawn: Tensor, original: Tensor, mask: Tensor) -> Tensor:
     return torch.from_numpy(np.where(total > 1e-4, field, difference.sum((1, 2), keepdims=True) / ring.sum())).to(redrawn)
 
 
+def continued_inwards(image: Tensor, mask: Tensor) -> Tensor:
+    """`image` with each pixel under the mask that of the nearest pixel outside: what to feather into, for the
+    artifact itself would shine through as a hairline along the mask's border."""
+    inside = mask.cpu().numpy() > 0.5
+    if inside.all():
+        return image
+    row, column = ndimage.distance_transform_edt(inside, return_distances=False, return_indices=True)
+    return image[:, torch.from_numpy(row), torch.from_numpy(column)]
+
+
 def stitch(image: Tensor, mask: Tensor, redrawn: Tensor, box: Box, *, feather: float = 1.0, colour_match: bool = True) -> Tensor:
     """Blend a redrawn crop into its picture.
 
@@ -51,5 +61,6 @@ def stitch(image: Tensor, mask: Tensor, redrawn: Tensor, box: Box, *, feather: f
     if colour_match:
         redrawn = (redrawn + colour_offset(redrawn, original, cut_mask)).clamp(0, 1)
     weight = feather_inside(cut_mask, feather)
-    blended = torch.where(weight > 0, original + weight * (redrawn - original), original)
+    beside = continued_inwards(original, cut_mask)
+    blended = torch.where(weight > 0, beside + weight * (redrawn - beside), original)
     return box.paste(image, blended.to(image.dtype))
