@@ -127,9 +127,17 @@ def make_set(options) -> None:
 
 
 def train(options) -> None:
+    from .training.loop import Stopped
     from .training.train import train
 
-    train(Path(options.config), Path(options.output), photos=options.photos, legs=options.legs.split(",") if options.legs else None)
+    if options.steps is not None and options.steps < 1:
+        raise InputError("steps", f"is {options.steps}", "use 1 or more")
+    legs = options.legs.split(",") if options.legs else None
+    try:
+        train(options.config, Path(options.output), photos=options.photos, legs=legs, steps=options.steps)
+    except Stopped as stopped:
+        print(f"rba: {stopped}", file=sys.stderr)
+        raise SystemExit(128 + stopped.signum) from None
 
 
 def _inputs(options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -270,10 +278,11 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(command=make_set)
 
     command = commands.add_parser("train", help="train a model: encoder, autoencoder, then U-Net and MLP; resumes where it stopped")
-    command.add_argument("--config", default=str(Path(__file__).parent / "configs" / "train-rba-tiny.toml"), help="TOML (default: the shipped model's)")
+    command.add_argument("--config", default="rba-tiny", metavar="TOML", help="a plan, or a shipped one's name: rba-tiny, own-photos, sd1x (default: %(default)s)")
     command.add_argument("-o", "--output", default="training", metavar="DIR", help="checkpoints and the model folder go here (default: %(default)s)")
-    command.add_argument("--photos", metavar="DIR", help="photos to use as textures beside the procedural ones")
-    command.add_argument("--legs", help="comma-separated: encoder,autoencoder,refiner (default: all)")
+    command.add_argument("--photos", metavar="DIR", help="photos to train on beside the procedural products")
+    command.add_argument("--legs", help="comma-separated: encoder,autoencoder,refiner (default: the plan's)")
+    command.add_argument("--steps", type=int, metavar="N", help="of each leg, instead of the plan's")
     command.set_defaults(command=train)
     return top
 

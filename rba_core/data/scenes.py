@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .textures import background_texture, product_texture
+from .textures import TRAINING, Style, background_texture, product_texture
 
 REFERENCE_FILL = 0.5
 
@@ -42,28 +42,71 @@ class Scenes:
 
 
 class TextureBank:
-    """A pool of textures, of which a few are drawn anew at each step. Seeded, hence repeatable."""
+    """A pool of textures, of which a few are drawn anew at each training step.
 
-    def __init__(self, count: int, size: int, seed: int, photos=(), progress=lambda items: items):
-        self.size, self.photos = size, photos
-        self.rng = np.random.default_rng(seed)
-        self.products = torch.empty(count, 4, size, size, dtype=torch.uint8)
-        self.backgrounds = torch.empty(max(1, count // 4), 3, size // 2, size // 2, dtype=torch.uint8)
-        for index in progress(range(count)):
-            self._draw_product(index)
+    count, size   products `[count, 4, size, size]` uint8, alpha is a shape to cut out; a quarter as many
+                  backgrounds `[·, 3, size / 2, size / 2]`
+    photos        uint8 `[H, W, 3]`, taken as textures beside the procedural ones
+    redrawn       products drawn anew a step
+    style         what is printed on them
+
+    What is drawn depends on the seed, the place and the step alone, so a resumed run sees the same.
+    """
+
+    def __init__(self, count: int, size: int, seed: int, photos=(), redrawn: int = 0, style: Style = TRAINING, device="cpu", progress=lambda items: items):
+        self.size, self.seed, self.photos, self.redrawn, self.style = size, seed, photos, redrawn, style
+        self.sides = [max(1, size >> level) for level in range(4)]
+        self.starts = [sum(side**2 for side in self.sides[:level]) for level in range(5)]
+        self.products = torch.empty(count, 4, size, size, dtype=torch.uint8, device=device)
+        self.texels = torch.empty(count, self.starts[-1], 3, dtype=torch.uint8, device=device)
+        self.backgrounds = torch.empty(max(1, count // 4), 3, size // 2, size // 2, dtype=torch.uint8, device=device)
+        self.versions = [-1] * count
+        self.progress = progress
+        self.at(0)
         for index in range(len(self.backgrounds)):
-            self._draw_background(index)
+            picture = background_texture(np.random.default_rng((seed, 1, index)), size // 2, photos, style)
+            self.backgrounds[index] = torch.from_numpy(picture.copy()).permute(2, 0, 1)
 
-    def _draw_product(self, index: int) -> None:
-        self.products[index] = torch.from_numpy(product_texture(self.rng, self.size, self.photos).copy()).permute(2, 0, 1)
+    def at(self, step: int) -> None:
+        """Bring the pool to the state that belongs to a training step."""
+        count = len(self.products)
+        drawn = step * self.redrawn
+        wanted = [(drawn - index + count - 1) // count for index in range(count)]
+        stale = [index for index in range(count) if self.versions[index] != wanted[index]]
+        for index in self.progress(stale) if len(stale) == count else stale:
+            self._draw(index, wanted[index])
 
-    def _draw_background(self, index: int) -> None:
-        picture = background_texture(self.rng, self.backgrounds.shape[-1], self.photos)
-        self.backgrounds[index] = torch.from_numpy(picture.copy()).permute(2, 0, 1)
+    def _draw(self, index: int, version: int) -> None:
+        picture = product_texture(np.random.default_rng((self.seed, 0, index, version)), self.size, self.photos, self.style)
+        self.put(index, torch.from_numpy(picture.copy()).permute(2, 0, 1))
+        self.versions[index] = version
 
-    def refresh(self, count: int) -> None:
-        for index in self.rng.integers(len(self.products), size=count):
-            self._draw_product(int(index))
+    def put(self, index: int, picture: Tensor) -> None:
+        """Make uint8 `[4, size, size]` the product at a place."""
+        self.products[index] = picture
+        surface = self.products[index, None, :3].float()
+        for level, side in enumerate(self.sides):
+            small = F.interpolate(surface, (side, side), mode="area")[0]
+            self.texels[index, self.starts[level] : self.starts[level + 1]] = small.flatten(1).mT.round().byte()
+
+    def look_up(self, product: Tensor, level: Tensor, uv: Tensor) -> Tensor:
+        """Colours `[n, 3]` in [0, 1] of products `[n]` at `uv` `[n, 2]` in [-1, 1], halved `level` `[n]` times
+        (0 to 3, clamped) against aliasing."""
+        level = level.clamp(0, 3).int()
+        side = torch.tensor(self.sides, dtype=torch.int32, device=uv.device)[level]
+        start = product.int() * self.starts[-1] + torch.tensor(self.starts, dtype=torch.int32, device=uv.device)[level]
+        place = ((uv * 0.5 + 0.5) * side[:, None] - 0.5).clamp(min=0)
+        low = torch.minimum(place.int(), (side - 1)[:, None])
+        high = torch.minimum(low + 1, (side - 1)[:, None])
+        right, down = (place - low).clamp(0, 1).unbind(-1)
+        texels = self.texels.view(-1, 3)
+
+        def at(x: Tensor, y: Tensor) -> Tensor:
+            return texels[start + y * side + x].float()
+
+        above = torch.lerp(at(low[:, 0], low[:, 1]), at(high[:, 0], low[:, 1]), right[:, None])
+        below = torch.lerp(at(low[:, 0], high[:, 1]), at(high[:, 0], high[:, 1]), right[:, None])
+        return torch.lerp(above, below, down[:, None]) / 255
 
 
 class SceneSampler:
@@ -76,7 +119,18 @@ class SceneSampler:
     def __init__(self, bank: TextureBank, seed: int, image_size: int = 256, reference_size: int = 224):
         self.bank, self.image_size, self.reference_size = bank, image_size, reference_size
         self.disparity = 1.0  # of pose and light between the views, in shares of the full range
-        self.generator = torch.Generator().manual_seed(seed)
+        self.device = bank.products.device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def at(self, step: int) -> None:
+        """Bring the textures to the state that belongs to a training step."""
+        self.bank.at(step)
+
+    def seed(self, seed: int) -> None:
+        self.generator.manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=self.generator)
@@ -88,6 +142,11 @@ class SceneSampler:
         return torch.rand(count, generator=self.generator) < probability
 
     def sample(self, batch: int, mode: str) -> Scenes:
+        # in half precision, coordinates would be no finer than a 256th of the picture
+        with self.device, torch.autocast(self.device.type, enabled=False):
+            return self._sample(batch, mode)
+
+    def _sample(self, batch: int, mode: str) -> Scenes:
         index = torch.randint(len(self.bank.products), (batch,), generator=self.generator)
         texture = self.bank.products[index].float() / 255
         anchor = self._anchor(texture)
@@ -96,9 +155,12 @@ class SceneSampler:
         extent = 0.1 * (4.5 ** self.uniform(0, 1, batch))  # of the mask's half side, in uv
         offset = self.uniform(-0.15, 0.15, batch, 2)
 
-        points = grid(2 * self.image_size, batch)
+        supersample = self.supersample
+        points = grid(supersample * self.image_size, batch)
         uv = self._crop_to_uv(points, anchor, extent * context, offset)
-        sampled = F.avg_pool2d(F.grid_sample(texture, uv, align_corners=False), 2)
+        sampled = self._cut_out(index, uv, footprint=2 * extent * context / points.shape[1])
+        if supersample > 1:
+            sampled = F.avg_pool2d(sampled, supersample)
         alpha = sampled[:, 3:]
         mask = self._free_form(grid(self.image_size, batch), offset, 1 / context) * (alpha > 0.5)
         image = sampled[:, :3] * alpha + self._background(batch) * (1 - alpha)
@@ -114,7 +176,7 @@ class SceneSampler:
         flow = transform(uv_to_reference, coarse_uv)
 
         reference_uv = transform(torch.linalg.inv(uv_to_reference), grid(self.reference_size, batch))
-        sampled = F.grid_sample(texture, reference_uv, align_corners=False)
+        sampled = self._cut_out(index, reference_uv, footprint=(reference_uv[:, -1, -1] - reference_uv[:, 0, 0]).norm(dim=-1) / 2**0.5 / self.reference_size)
         segment = (sampled[:, 3:] > 0.5).float()
         if mode == "refinement":
             segment = segment * self._region(flow, inside)
@@ -128,6 +190,19 @@ class SceneSampler:
         visible = (on_reference & in_segment & on_object).float()[:, None]
         return Scenes(image, mask, reference, flow, visible)
 
+    @property
+    def supersample(self) -> int:
+        """Drawn finer than asked for against jagged outlines, where that is cheap."""
+        return 2 if self.image_size <= 160 else 1
+
+    def _cut_out(self, index: Tensor, uv: Tensor, footprint: Tensor) -> Tensor:
+        """Products `[B]` with alpha at `uv` `[B, H, W, 2]`: `[B, 4, H, W]`. footprint `[B]`, a pixel's side in uv."""
+        shape = uv.shape[:3]
+        level = (footprint * self.bank.size / 2).log2().round()[:, None, None].expand(shape)
+        colour = self.bank.look_up(index[:, None, None].expand(shape).flatten(), level.flatten(), uv.flatten(0, 2))
+        alpha = F.grid_sample(self.bank.products[index, 3:].float() / 255, uv, align_corners=False)
+        return torch.cat([colour.unflatten(0, shape).movedim(-1, 1), alpha], 1)
+
     def _anchor(self, texture: Tensor) -> Tensor:
         """A point well inside the object, mostly where there is something to get wrong: uv `[B, 2]`."""
         small = F.interpolate(texture, (24, 24), mode="area")
@@ -140,7 +215,7 @@ class SceneSampler:
 
     def _crop_to_uv(self, points: Tensor, anchor: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
         batch = len(points)
-        angle = torch.randn(batch, generator=self.generator) * 0.3 * self.disparity
+        angle = self.normal(batch) * 0.3 * self.disparity
         stretch = torch.exp(self.around_zero(0.25, batch))
         linear = rotation(angle) * torch.stack([scale * stretch, scale / stretch], -1)[:, None]
         centred = points - offset[:, None, None]
@@ -170,7 +245,7 @@ class SceneSampler:
     def _uv_to_reference(self, alpha: Tensor) -> Tensor:
         batch = len(alpha)
         stretch = torch.exp(self.around_zero(0.25, batch))
-        linear = rotation(torch.randn(batch, generator=self.generator) * 0.2 * self.disparity) * torch.stack([stretch, 1 / stretch], -1)[:, None]
+        linear = rotation(self.normal(batch) * 0.2 * self.disparity) * torch.stack([stretch, 1 / stretch], -1)[:, None]
         homography = torch.eye(3).repeat(batch, 1, 1)
         homography[:, :2, :2] = linear
         homography[:, 2, :2] = self.around_zero(0.15, batch, 2)
@@ -214,13 +289,13 @@ class SceneSampler:
         """Small objects are zoomed in from few pixels: lower the resolution of some, add sensor noise."""
         size = picture.shape[-1]
         levels = torch.randint(0, 4, (len(picture),), generator=self.generator)
-        softened = picture
+        softened = picture.clone()
         for level, side in ((1, size * 5 // 8), (2, size * 7 // 16)):
-            low = F.interpolate(picture, (side, side), mode="bilinear", antialias=True)
-            low = F.interpolate(low, (size, size), mode="bicubic")
-            softened = torch.where((levels == level)[:, None, None, None], low, softened)
+            chosen = (levels == level).nonzero()[:, 0]
+            low = F.interpolate(picture[chosen], (side, side), mode="bilinear", antialias=True)
+            softened[chosen] = F.interpolate(low, (size, size), mode="bicubic")
         sigma = self.uniform(0, 0.03, len(picture), 1, 1, 1)
-        return (softened + sigma * torch.randn(picture.shape, generator=self.generator)).clamp(0, 1)
+        return (softened + sigma * self.normal(*picture.shape)).clamp(0, 1)
 
 
 def grid(size: int, batch: int) -> Tensor:

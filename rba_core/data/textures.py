@@ -3,10 +3,42 @@
 from __future__ import annotations
 
 import string
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Style:
+    """What is printed on products, and what they stand in front of.
+
+    typefaces    files among matplotlib's fonts; "" is Pillow's own
+    words        to print; none = random letters
+    surfaces     families of patterns
+    """
+
+    typefaces: tuple[str, ...]
+    words: tuple[str, ...]
+    surfaces: tuple[str, ...]
+
+
+TRAINING = Style(
+    ("", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-BoldOblique", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-BoldItalic"),
+    (),
+    ("solid", "gradient", "noise", "stripes", "checks", "leaves"),
+)
+TESTING = Style(
+    ("STIXGeneral", "STIXGeneralBol", "STIXGeneralBolIta", "cmss10", "cmtt10", "cmb10"),
+    tuple("ALPINE coffee ROAST 250g Original fresh Milk TEA No.7 Organic BERRY 33cl Classic sport RUN extra mild 100% SOAP Lemon Oat bar ZERO star".split()),
+    ("solid", "gradient", "weave", "cells", "rings"),
+)
+"""Typefaces, words and patterns that training never sees."""
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
@@ -17,20 +49,20 @@ def load_photos(folder: str | Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(path).convert("RGB")) for path in paths]
 
 
-def product_texture(rng: np.random.Generator, size: int, photos: list[np.ndarray] = ()) -> np.ndarray:
+def product_texture(rng: np.random.Generator, size: int, photos: list[np.ndarray] = (), style: Style = TRAINING) -> np.ndarray:
     """One product seen flat: RGBA uint8 `[size, size, 4]`, alpha is the object's shape."""
     from_photo = len(photos) > 0 and rng.random() < 0.4
-    surface = _photo_crop(rng, size, photos) if from_photo else _base(rng, size)
+    surface = _photo_crop(rng, size, photos) if from_photo else _base(rng, size, style)
     if not from_photo or rng.random() < 0.3:
         for _ in range(rng.integers(2, 9)):
-            _decal(rng, surface)
+            _decal(rng, surface, style)
     surface.putalpha(_shape(rng, size))
     return np.asarray(surface)
 
 
-def background_texture(rng: np.random.Generator, size: int, photos: list[np.ndarray] = ()) -> np.ndarray:
+def background_texture(rng: np.random.Generator, size: int, photos: list[np.ndarray] = (), style: Style = TRAINING) -> np.ndarray:
     """Something to stand in front of: RGB uint8 `[size, size, 3]`."""
-    picture = _photo_crop(rng, size, photos) if len(photos) and rng.random() < 0.4 else _base(rng, size)
+    picture = _photo_crop(rng, size, photos) if len(photos) and rng.random() < 0.4 else _base(rng, size, style)
     if rng.random() < 0.5:
         picture = picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(1, 6))))
     return np.asarray(picture)
@@ -65,12 +97,16 @@ def _power_noise(rng, size, exponent) -> np.ndarray:
     return (noise - noise.min()) / (np.ptp(noise) + 1e-9)
 
 
-def _base(rng, size) -> Image.Image:
+SHARES = {"solid": 0.24, "gradient": 0.16, "noise": 0.2, "stripes": 0.12, "checks": 0.1, "leaves": 0.18, "weave": 0.2, "cells": 0.2, "rings": 0.15}
+
+
+def _base(rng, size, style) -> Image.Image:
     first, second = np.array(_colour(rng), float), np.array(_colour(rng), float)
     y, x = np.mgrid[0:size, 0:size] / size
     angle = rng.uniform(0, np.pi)
-    along = x * np.cos(angle) + y * np.sin(angle)
-    kind = rng.choice(["solid", "gradient", "noise", "stripes", "checks", "leaves"], p=[0.24, 0.16, 0.2, 0.12, 0.1, 0.18])
+    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    shares = np.array([SHARES[kind] for kind in style.surfaces])
+    kind = rng.choice(style.surfaces, p=shares / shares.sum())
     if kind == "leaves":
         return _dead_leaves(rng, size)
     if kind == "solid":
@@ -81,10 +117,17 @@ def _base(rng, size) -> Image.Image:
         blend = _power_noise(rng, size, rng.uniform(0.8, 2.0))
     elif kind == "stripes":
         blend = (np.sin(along * rng.uniform(20, 120)) > rng.uniform(-0.6, 0.6)).astype(float)
-    else:
+    elif kind == "checks":
         count = rng.uniform(4, 20)
-        across = -x * np.sin(angle) + y * np.cos(angle)
         blend = ((np.floor(along * count) + np.floor(across * count)) % 2).astype(float)
+    elif kind == "weave":
+        pitch = rng.uniform(60, 160)
+        blend = (np.sin(along * pitch) * np.sin(across * pitch) + rng.uniform(0.2, 1) * np.sin(along * pitch / 7)) / 4 + 0.5
+    elif kind == "cells":
+        distance = ((np.stack([x, y], -1)[None] - rng.uniform(0, 1, (24, 1, 1, 2))) ** 2).sum(-1)
+        blend = rng.uniform(0, 1, 24)[distance.argmin(0)]
+    else:
+        blend = (np.sin(np.hypot(x - rng.uniform(), y - rng.uniform()) * rng.uniform(20, 90)) > 0).astype(float)
     pixels = first + blend[..., None] * (second - first)
     pixels += (_power_noise(rng, size, 1.0)[..., None] - 0.5) * rng.uniform(0, 40)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
@@ -100,13 +143,30 @@ def _dead_leaves(rng, size) -> Image.Image:
     return picture
 
 
-def _word(rng) -> str:
+@cache
+def _typeface(name: str, size: int) -> ImageFont.FreeTypeFont:
+    if not name:
+        return ImageFont.load_default(size)
+    if find_spec("matplotlib") is None:
+        raise InputError("textures", "the typefaces are matplotlib's, which is not installed", 'pip install "refine-by-align[train]"')
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf", size)
+
+
+def _font(rng, style, size: float) -> ImageFont.FreeTypeFont:
+    return _typeface(style.typefaces[rng.integers(len(style.typefaces))], max(8, int(size)))
+
+
+def _word(rng, style) -> str:
+    if style.words:
+        return str(rng.choice(style.words))
     alphabet = [string.ascii_uppercase, string.ascii_letters, string.digits, string.ascii_uppercase + string.digits]
     letters = list(alphabet[rng.integers(len(alphabet))])
     return "".join(rng.choice(letters, rng.integers(1, 9)))
 
 
-def _decal(rng, surface: Image.Image) -> None:
+def _decal(rng, surface: Image.Image, style: Style) -> None:
     size = surface.width
     extent = int(size * rng.uniform(0.12, 0.6))
     x, y = (int(v) for v in rng.uniform(-0.1, 0.85, 2) * size)
@@ -116,15 +176,15 @@ def _decal(rng, surface: Image.Image) -> None:
     draw = ImageDraw.Draw(decal)
     kind = rng.choice(["text", "lines", "logo", "face", "barcode", "dots", "panel"], p=[0.32, 0.12, 0.26, 0.08, 0.06, 0.08, 0.08])
     if kind == "text":
-        word = _word(rng)
-        font = ImageFont.load_default(max(8, 1.5 * extent / max(len(word), 2)))
+        word = _word(rng, style)
+        font = _font(rng, style, 1.5 * extent / max(len(word), 2))
         draw.text((extent / 2, extent / 2), word, fill=fill, font=font, anchor="mm", stroke_width=int(rng.integers(0, 3)))
     elif kind == "lines":
-        font = ImageFont.load_default(max(8, extent / 7))
-        text = "\n".join(" ".join(_word(rng) for _ in range(2)) for _ in range(rng.integers(2, 5)))
+        font = _font(rng, style, extent / 7)
+        text = "\n".join(" ".join(_word(rng, style) for _ in range(2)) for _ in range(rng.integers(2, 5)))
         draw.multiline_text((extent / 2, extent / 2), text, fill=fill, font=font, anchor="mm", align="center")
     elif kind == "logo":
-        _logo(rng, draw, extent, fill)
+        _logo(rng, draw, extent, fill, style)
     elif kind == "face":
         _face(rng, draw, extent, fill)
     elif kind == "barcode":
@@ -147,7 +207,7 @@ def _decal(rng, surface: Image.Image) -> None:
     surface.paste(decal, (x, y), decal)
 
 
-def _logo(rng, draw, extent, fill) -> None:
+def _logo(rng, draw, extent, fill, style) -> None:
     centre, radius = extent / 2, extent * 0.46
     accent = _contrasting(rng, fill)
     for layer in range(rng.integers(1, 4)):
@@ -167,8 +227,8 @@ def _logo(rng, draw, extent, fill) -> None:
             draw.pieslice((centre - radius, centre - radius, centre + radius, centre + radius), start, start + int(rng.integers(60, 300)), fill=colour)
         radius *= rng.uniform(0.45, 0.8)
     if rng.random() < 0.5:
-        font = ImageFont.load_default(max(8, radius * 1.6))
-        draw.text((centre, centre), _word(rng)[:2], fill=accent, font=font, anchor="mm")
+        font = _font(rng, style, radius * 1.6)
+        draw.text((centre, centre), _word(rng, style)[:2], fill=accent, font=font, anchor="mm")
 
 
 def _face(rng, draw, extent, fill) -> None:

@@ -34,6 +34,8 @@ class EncoderObjective(nn.Module):
         super().__init__()
         self.stem, self.encoder = model.stem, model.encoder
         self.tokens, self.patch = model.tokens, model.patch_size
+        if model.encoder.embeddings.mask_token is not None:
+            model.encoder.embeddings.mask_token.requires_grad_(False)  # unused, which parallel training would take for an error
         hidden = model.encoder.config.hidden_size
         self.match = nn.Linear(hidden, width)
         self.paint = nn.Linear(hidden, 3 * self.patch**2)
@@ -69,14 +71,14 @@ def token_targets(flow: Tensor, visible: Tensor, side: int, tokens: int = 16) ->
 
 def damage(scenes: Scenes, generator: torch.Generator, shares: tuple[float, float, float, float]) -> Tensor:
     """The image crop with M_a's inside cut out, smeared, swapped for another picture's, or garbled; `shares`
-    of each in the batch, sum 1."""
+    of each in the batch, sum 1. `generator` is the CPU's, wherever the scenes are."""
     image, mask = scenes.image, scenes.mask
     hole = torch.full_like(image, REFERENCE_FILL)
     smeared = F.interpolate(F.adaptive_avg_pool2d(image, 7), image.shape[-2:], mode="bilinear")
-    shift = torch.randn(len(image), 2, 10, 10, generator=generator) * 0.12
+    shift = (torch.randn(len(image), 2, 10, 10, generator=generator) * 0.12).to(image)
     shift = F.interpolate(shift, image.shape[-2:], mode="bicubic").movedim(1, -1)
-    garbled = F.grid_sample(image, grid(image.shape[-1], len(image)) + shift, padding_mode="reflection", align_corners=False)
+    garbled = F.grid_sample(image, grid(image.shape[-1], len(image)).to(image) + shift, padding_mode="reflection", align_corners=False)
     kinds = torch.stack([hole, smeared, image.roll(1, 0), garbled])
     kind = torch.multinomial(torch.tensor(shares), len(image), replacement=True, generator=generator)
-    inside = kinds[kind, torch.arange(len(image))]
+    inside = kinds[kind.to(image.device), torch.arange(len(image), device=image.device)]
     return image * (1 - mask) + inside * mask

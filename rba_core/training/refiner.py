@@ -41,7 +41,7 @@ class RefinerObjective(nn.Module):
         if model.stem is not None:
             model.stem.requires_grad_(False)
         self.model, self.settings = model, settings
-        self.hidden: dict[int, Tensor] = {}
+        self.hidden: dict[int, Tensor] | None = None
         self.attention_layers = cross_attentions(model.unet)
         if settings.attention_weight:
             for layer in settings.layers:
@@ -49,17 +49,20 @@ class RefinerObjective(nn.Module):
 
     def _keep(self, layer: int):
         def hook(attn, args, kwargs):
-            self.hidden[layer] = args[0] if args else kwargs["hidden_states"]
+            if self.hidden is not None:  # not in validation's passes, nor when gradient checkpointing runs a block again
+                self.hidden[layer] = args[0] if args else kwargs["hidden_states"]
 
         return hook
 
     def forward(self, scenes: Scenes, mode: str, generator: torch.Generator) -> dict[str, Tensor]:
+        """The terms of the loss. What is random comes from `generator`, the CPU's, wherever the model is."""
         model, settings = self.model, self.settings
         batch = len(scenes.image)
         with torch.no_grad():
             latents = model.encode_image(scenes.image).float()
         seen = damage(scenes, generator, shares=(0.25, 0.25, 0.2, 0.3)) if mode == "alignment" else None
-        collage = imperfect_collage(scenes, generator) if mode == "refinement" and model.config.collage else None
+        with torch.autocast(scenes.image.device.type, enabled=False):  # half precision would lay it jaggedly
+            collage = imperfect_collage(scenes, generator) if mode == "refinement" and model.config.collage else None
         condition = model.inpainting_condition(scenes.image, scenes.mask, seen=seen, collage=collage)
         kept = (torch.rand(batch, generator=generator) >= settings.drop).to(latents)
         embedding = model.embed(scenes.reference) * kept[:, None, None]
@@ -69,11 +72,14 @@ class RefinerObjective(nn.Module):
         if mode == "alignment":  # read at the noisiest steps, so learnt mostly there
             noisiest = torch.randint(last - last // 10, last, (batch,), generator=generator)
             timestep = torch.where(torch.rand(batch, generator=generator) < 0.5, noisiest, timestep)
-        noise = torch.randn(latents.shape, generator=generator)
+        timestep = timestep.to(latents.device)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
         noisy = model.add_noise(latents, noise, timestep)
         target = noise if model.scheduler.config.prediction_type == "epsilon" else model.scheduler.get_velocity(latents, noise, timestep)
         sample = model.unet_input(noisy, condition)
+        self.hidden = {}
         prediction = model.unet(sample, timestep, embedding, **model.context_residuals(sample)).sample.float()
+        hidden, self.hidden = self.hidden, None
 
         hole = F.adaptive_max_pool2d(scenes.mask, latents.shape[-2:])
         weight = 1 + (settings.mask_weight - 1) * hole
@@ -81,12 +87,12 @@ class RefinerObjective(nn.Module):
         if settings.attention_weight:
             visible = scenes.visible * kept[:, None, None, None]
             for layer in settings.layers:
-                terms[f"attend{layer}"] = settings.attention_weight * self._attention_loss(layer, scenes, visible, embedding)
+                terms[f"attend{layer}"] = settings.attention_weight * self._attention_loss(layer, hidden[layer], scenes, visible, embedding)
         return terms
 
-    def _attention_loss(self, layer: int, scenes: Scenes, visible: Tensor, embedding: Tensor) -> Tensor:
+    def _attention_loss(self, layer: int, hidden: Tensor, scenes: Scenes, visible: Tensor, embedding: Tensor) -> Tensor:
         """Cross-entropy of each cell's attention, and of Eq. 5's sum over the mask, to the known flow."""
-        attn, hidden = self.attention_layers[layer], self.hidden.pop(layer)
+        attn = self.attention_layers[layer]
         query = attn.to_q(hidden).unflatten(-1, (attn.heads, -1)).transpose(1, 2).float()
         key = attn.to_k(embedding).unflatten(-1, (attn.heads, -1)).transpose(1, 2).float()
         attention = (query @ key.mT * attn.scale).softmax(-1).mean(1)
@@ -109,8 +115,8 @@ def imperfect_collage(scenes: Scenes, generator: torch.Generator) -> tuple[Tenso
     batch, size = len(scenes.image), scenes.image.shape[-1]
     flow = F.interpolate(scenes.flow.movedim(-1, 1), (size, size), mode="bilinear").movedim(1, -1)
     slope = (flow[:, 1:, 1:] - flow[:, :-1, :-1]).abs().mean((1, 2, 3)) * size / 2  # reference units in half a crop
-    error = torch.randn(batch, 2, 3, generator=generator) * torch.tensor([0.02, 0.02, 0.012])
-    places = torch.cat([grid(size, batch), torch.ones(batch, size, size, 1)], -1)
+    error = (torch.randn(batch, 2, 3, generator=generator) * torch.tensor([0.02, 0.02, 0.012])).to(flow)
+    places = torch.cat([grid(size, batch).to(flow), torch.ones_like(flow[..., :1])], -1)
     moved = flow + torch.einsum("bij,bhwj->bhwi", error, places) * slope[:, None, None, None]
     laid = F.grid_sample(scenes.reference, moved, align_corners=False)
     valid = F.interpolate(scenes.visible, (size, size)) * (moved.abs() < 1).all(-1)[:, None]
@@ -118,5 +124,5 @@ def imperfect_collage(scenes: Scenes, generator: torch.Generator) -> tuple[Tenso
     weight = (near > 0.02).float() * valid * (0.1 + 0.9 * (1 - scenes.mask))
     toned = torch.stack([match_tone(*item) for item in zip(laid, scenes.image, weight[:, 0])])
     laid = torch.where((weight * (1 - scenes.mask)).sum((1, 2, 3), keepdim=True) > 20, toned, laid)
-    given = torch.rand(batch, 1, 1, 1, generator=generator) < 0.75
+    given = (torch.rand(batch, 1, 1, 1, generator=generator) < 0.75).to(valid)
     return laid, valid * given

@@ -241,6 +241,34 @@ def test_the_attention_terms_fall_when_trained_on(make_model, sampler):
     assert told[-1] < told[0] - 0.1
 
 
+def test_gradient_checkpointing_changes_no_gradient(make_model, sampler):
+    scenes = sampler.sample(2, "alignment")
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model.__wrapped__().train()
+        if checkpointing:
+            model.unet.enable_gradient_checkpointing()
+        objective = RefinerObjective(model, RefinerSettings(attention_weight=1.0))
+        sum(objective(scenes, "alignment", torch.Generator().manual_seed(0)).values()).backward()
+        assert objective.hidden is None  # what runs again in the backward pass is not held on to
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert gradients[0].norm() > 0 and torch.allclose(*gradients, atol=1e-6)
+
+
+def test_nothing_that_is_trained_stays_without_a_gradient(make_model, sampler):
+    """Training on several processes waits for every gradient."""
+    model = make_model.__wrapped__(6, "v_prediction", collage=True)
+    for mode in ("alignment", "refinement"):
+        objective = RefinerObjective(model, RefinerSettings(attention_weight=0))
+        sum(objective(sampler.sample(2, mode), mode, torch.Generator().manual_seed(0)).values()).backward()
+        assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
+        objective.zero_grad(set_to_none=True)
+    objective = EncoderObjective(make_model.__wrapped__(), width=16)
+    scenes = SceneSampler(sampler.bank, 1, image_size=224, reference_size=224).sample(2, "alignment")
+    sum(objective(scenes, scenes.image).values()).backward()
+    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
+
+
 def test_the_attention_terms_read_the_layers_by_execution(make_model, sampler):
     model = make_model.__wrapped__()
     objective = RefinerObjective(model)
