@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable
 
@@ -36,11 +37,14 @@ def make_accelerator(precision: str):
     try:
         from accelerate import Accelerator, DistributedType
         from accelerate.state import AcceleratorState
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
     except ImportError as error:
         raise InputError("training", "needs accelerate, which is not installed", 'pip install "refine-by-align[train]"') from error
     AcceleratorState._reset_state()  # else a second training in one process could not have another precision
+    parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else the gradients are held twice
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # while the main process validates and writes
     try:
-        accelerator = Accelerator(mixed_precision=precision)
+        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[parallel, patience])
     except ValueError as error:
         raise InputError("precision", f"{precision!r} does not run here ({' '.join(str(error).split())[:120]})", 'use "no"') from error
     if precision == "fp16" and accelerator.device.type == "cpu":

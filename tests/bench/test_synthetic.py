@@ -44,7 +44,7 @@ def test_the_flow_carries_the_reference_onto_the_truth(unlit):
 def test_correspondence_is_the_mask_carried_by_the_flow(unlit):
     for pair in unlit:
         back = F.grid_sample(pair.correspondence[None, None], pair.flow[None], align_corners=False)[0, 0]
-        assert iou(back, pair.mask) > 0.99
+        assert iou(back, pair.mask) > 0.97  # a mask of 200 pixels has 50 on its border
         assert (pair.correspondence <= pair.reference_mask).all()
 
 
