@@ -112,13 +112,14 @@ class TextureBank:
 class SceneSampler:
     """Draws `Scenes` from a texture bank.
 
-    mode "alignment": the reference is the whole object; "refinement": only the region of M_a, cut a
-    little generously, as a region found by alignment is not exact.
+    mode "alignment": the reference is the whole object, for some the surroundings of M_a's counterpart; "refinement":
+    only that region, cut a little generously, as a region found by alignment is not exact.
     """
 
     def __init__(self, bank: TextureBank, seed: int, image_size: int = 256, reference_size: int = 224):
         self.bank, self.image_size, self.reference_size = bank, image_size, reference_size
         self.disparity = 1.0  # of pose and light between the views, in shares of the full range
+        self.close_ups = 0.4  # share of the references in alignment mode that show little more than the region
         self.device = bank.products.device
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
@@ -169,10 +170,11 @@ class SceneSampler:
         coarse_uv = F.interpolate(uv.movedim(-1, 1), coarse.shape[1:3], mode="area").movedim(1, -1)
         coarse_mask = F.interpolate(mask, coarse.shape[1:3], mode="area")[:, 0]
         uv_to_reference = self._uv_to_reference(texture[:, 3:])
-        if mode == "refinement":
-            inside = coarse_mask > 0.3
-            margin = self.uniform(1.0, 1.5, batch)
-            uv_to_reference = fit_to_frame(uv_to_reference, coarse_uv.flatten(1, 2), inside.flatten(1), margin)
+        inside = coarse_mask > 0.3
+        margin, shift, near = self._closeness(batch, mode)
+        close = fit_to_frame(uv_to_reference, coarse_uv.flatten(1, 2), inside.flatten(1), margin)
+        close[:, :2] = close[:, :2] + shift[..., None] * close[:, 2:]
+        uv_to_reference = torch.where(near[:, None, None], close, uv_to_reference)
         flow = transform(uv_to_reference, coarse_uv)
 
         reference_uv = transform(torch.linalg.inv(uv_to_reference), grid(self.reference_size, batch))
@@ -189,6 +191,14 @@ class SceneSampler:
         on_object = F.interpolate(alpha, coarse.shape[1:3], mode="area")[:, 0] > 0.5
         visible = (on_reference & in_segment & on_object).float()[:, None]
         return Scenes(image, mask, reference, flow, visible)
+
+    def _closeness(self, batch: int, mode: str) -> tuple[Tensor, Tensor, Tensor]:
+        """How close the references show M_a's counterpart: the frame's side in sides of it, where its centre stands
+        `[B, 2]`, and whether at all; else they show the whole object. Alignment looks again once it knows roughly where."""
+        if mode == "refinement":
+            return self.uniform(1.0, 1.5, batch), torch.zeros(batch, 2), torch.ones(batch, dtype=torch.bool)
+        margin = 1.6 * 2.8 ** self.uniform(0, 1, batch)
+        return margin, self.uniform(-0.7, 0.7, batch, 2) * (1 - 1 / margin)[:, None], self.chance(self.close_ups, batch)
 
     @property
     def supersample(self) -> int:

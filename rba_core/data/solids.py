@@ -95,11 +95,11 @@ class SolidSampler(SceneSampler):
         points, hit, _ = self._hit(parts, image_view, plane)
         landed = reference_view.project(points)
         seen = hit & self._unhidden(parts, reference_view, points)
-        if mode == "refinement":
-            inside = (F.interpolate(mask, (cells, cells), mode="area")[:, 0] > 0.3) & seen.view(-1, cells, cells)
-            window = around(landed, inside.flatten(1), self.uniform(1.0, 1.5, count))
-        else:
-            window = self._frame(parts, reference_view)
+        inside = (F.interpolate(mask, (cells, cells), mode="area")[:, 0] > 0.3) & seen.view(-1, cells, cells)
+        margin, shift, near = self._closeness(count, mode)
+        middle, reach = around(landed, inside.flatten(1), margin)
+        whole = self._frame(parts, reference_view)
+        window = torch.where(near[:, None], middle - shift * reach[:, None], whole[0]), torch.where(near, reach, whole[1])
         flow = ((landed - window[0][..., None]) / window[1][:, None, None]).mT.reshape(count, cells, cells, 2)
 
         reference, segment = self._render(parts, reference_view, *window, self.reference_size)

@@ -114,7 +114,9 @@ def test_masks_are_free_forms_inside_the_crop_of_the_artifacts_size(bank):
 def test_in_refinement_mode_the_reference_shows_the_region_and_in_alignment_mode_the_object(bank, plain_light):
     shares = {}
     for mode in MODES:
-        scenes = SceneSampler(ramps(bank), seed=0, image_size=64, reference_size=96).sample(32, mode)
+        sampler = SceneSampler(ramps(bank), seed=0, image_size=64, reference_size=96)
+        sampler.close_ups = 0.0
+        scenes = sampler.sample(32, mode)
         shown = (scenes.reference != REFERENCE_FILL).any(1).float()
         red = scenes.reference[:, 0]
         ranges = [float(red[i][shown[i] > 0].max() - red[i][shown[i] > 0].min()) for i in range(32) if shown[i].any()]
@@ -124,7 +126,9 @@ def test_in_refinement_mode_the_reference_shows_the_region_and_in_alignment_mode
 
 
 def test_outside_the_segment_the_reference_is_filled(bank, plain_light):
-    scenes = SceneSampler(ramps(bank, "disc"), seed=0, image_size=64, reference_size=96).sample(8, "alignment")
+    sampler = SceneSampler(ramps(bank, "disc"), seed=0, image_size=64, reference_size=96)
+    sampler.close_ups = 0.0
+    scenes = sampler.sample(8, "alignment")
     corners = scenes.reference[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert (corners == REFERENCE_FILL).all()
 

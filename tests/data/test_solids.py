@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from rba_core.data import solids
 from rba_core.data.scenes import REFERENCE_FILL, Scenes, SceneSampler, TextureBank
@@ -75,10 +76,28 @@ def test_nearly_every_mask_is_seen_in_the_reference_too(bank, mode):
 
 
 def test_the_reference_is_the_whole_product_on_grey(bank):
-    reference = SolidSampler(bank, seed=2, image_size=64, reference_size=64).sample(16, "alignment").reference
+    sampler = SolidSampler(bank, seed=2, image_size=64, reference_size=64)
+    sampler.close_ups = 0.0
+    reference = sampler.sample(16, "alignment").reference
     border = torch.cat([reference[..., 0, :], reference[..., -1, :], reference[..., 0], reference[..., -1]], -1)
     assert ((border - REFERENCE_FILL).abs() < 1e-6).all(1).float().mean() > 0.85
     assert ((reference - REFERENCE_FILL).abs().amax(1) > 0.02).float().mean() > 0.2
+
+
+@pytest.mark.parametrize("kind", [SceneSampler, SolidSampler])
+def test_close_ups_show_the_region_large_and_keep_the_correspondence(kind, bank):
+    def region(close_ups: float) -> tuple[Tensor, Tensor]:
+        sampler = kind(bank, seed=5, image_size=64, reference_size=64)
+        sampler.close_ups = close_ups
+        scenes = sampler.sample(24, "alignment")
+        inside = F.interpolate(scenes.mask, scenes.visible.shape[-2:], mode="area")[:, 0] * scenes.visible[:, 0] > 0.5
+        extents = [scenes.flow[i][inside[i]] for i in range(24) if inside[i].sum() > 4]
+        return torch.stack([(places.amax(0) - places.amin(0)).amax() for places in extents]), torch.cat(extents)
+
+    whole, close = region(0.0), region(1.0)
+    assert close[0].mean() > 1.4 * whole[0].mean()
+    assert close[1].abs().amax() <= 1  # none of it is cut off
+    assert close[1].std() > 0.3  # nor always in the middle
 
 
 def test_the_same_seed_gives_the_same_scenes_and_another_seed_others():
