@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import string
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from ..errors import InputError
 
@@ -43,10 +44,47 @@ TESTING = Style(
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
+LARGEST, SMALLEST = 1536, 32
+"""Pixels: a photo is reduced to the first along its longer side, and of no use with fewer than the second along its shorter."""
+
+
 def load_photos(folder: str | Path) -> list[np.ndarray]:
-    """Every photo of a folder as uint8 `[H, W, 3]`, in the order of the file names."""
-    paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
-    return [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    """Every photo of a folder as uint8 `[H, W, 3]`, in the order of the file names; the masks among them are left
+    out. Files that are broken or tiny are skipped with a warning; `InputError` where nothing is left."""
+    photos = []
+    for path in photo_paths(folder):
+        try:
+            photos.append(read_photo(path))
+        except InputError as error:
+            warnings.warn(f"{error.name}: {error.problem}; skipped", stacklevel=2)
+    if not photos:
+        raise InputError("photos", f"{folder} holds no readable picture", f"put whole JPEG, PNG or WebP files in it, {SMALLEST} pixels or more a side")
+    return photos
+
+
+def photo_paths(folder: str | Path) -> list[Path]:
+    """The pictures directly in a folder, by name, without NAME_mask.png where there is a photo of that NAME."""
+    paths = sorted(path for path in Path(folder).iterdir() if path.is_file() and path.suffix.lower() in PHOTO_SUFFIXES)
+    stems = {path.stem for path in paths}
+    return [path for path in paths if not (path.stem.endswith("_mask") and path.stem.removesuffix("_mask") in stems)]
+
+
+def read_photo(path: Path) -> np.ndarray:
+    """One photo upright by its EXIF orientation, uint8 `[H, W, 3]`, `LARGEST` pixels along its longer side at most.
+    `InputError` where it cannot be read or is tiny."""
+    try:
+        with Image.open(path) as picture:
+            picture.draft("RGB", (LARGEST, LARGEST))  # a JPEG is then never decoded at full size
+            picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError("photos", f"{path} cannot be read ({error})", "give a whole JPEG, PNG or WebP file") from error
+    if picture.mode[0] in "IF":  # which Pillow would turn white
+        raise InputError("photos", f"{path} has more than 8 bits a channel", "convert it to 8 bits")
+    picture = ImageOps.exif_transpose(picture).convert("RGB")
+    if min(picture.size) < SMALLEST:
+        raise InputError("photos", f"{path} is {picture.width} x {picture.height} pixels", f"use {SMALLEST} or more a side")
+    picture.thumbnail((LARGEST, LARGEST))
+    return np.asarray(picture)
 
 
 def product_texture(rng: np.random.Generator, size: int, photos: list[np.ndarray] = (), style: Style = TRAINING) -> np.ndarray:

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rba_core.data.textures import background_texture, load_photos, product_texture
+from rba_core.data.textures import background_texture, load_photos, photo_paths, product_texture
+from rba_core.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +53,60 @@ def test_photos_become_part_of_some_products_and_backgrounds():
 
 
 def test_photos_are_read_as_rgb_in_the_order_of_their_names(tmp_path):
-    Image.new("L", (30, 20), 7).save(tmp_path / "b.png")
-    Image.new("RGBA", (10, 40), (1, 2, 3, 0)).save(tmp_path / "a.webp", lossless=True, exact=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / "c.JPG")
+    Image.new("L", (60, 40), 7).save(tmp_path / "b.png")
+    Image.new("RGBA", (40, 80), (1, 2, 3, 0)).save(tmp_path / "a.webp", lossless=True, exact=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "c.JPG")
     (tmp_path / "d.txt").write_text("not a photo")
+    (tmp_path / "e.jpg").mkdir()
     photos = load_photos(tmp_path)
-    assert [photo.shape for photo in photos] == [(40, 10, 3), (20, 30, 3), (8, 8, 3)]
+    assert [photo.shape for photo in photos] == [(80, 40, 3), (40, 60, 3), (32, 32, 3)]
     assert (photos[0] == (1, 2, 3)).all() and (photos[1] == 7).all()
+
+
+def test_masks_beside_the_photos_are_no_photos(tmp_path):
+    for name in ("tin.jpg", "tin_mask.png", "gas_mask.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    assert [path.name for path in photo_paths(tmp_path)] == ["gas_mask.png", "tin.jpg"]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_photos_are_turned_upright(tmp_path, suffix):
+    lying = Image.new("RGB", (80, 40), "white")
+    lying.paste("red", (0, 0, 40, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown upright after a quarter turn to the right
+    lying.save(tmp_path / f"a.{suffix}", exif=exif, quality=95)
+    (photo,) = load_photos(tmp_path)
+    assert photo.shape == (80, 40, 3)
+    assert photo[20, 20, 1] < 60 and photo[60, 20, 1] > 200  # what was left is above
+
+
+def test_broken_and_tiny_files_are_skipped_and_named(tmp_path):
+    Image.effect_noise((200, 200), 90).save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.webp").write_text("no picture")
+    Image.new("RGB", (200, 20)).save(tmp_path / "low.png")
+    Image.fromarray(np.full((200, 200), 999, np.uint16)).save(tmp_path / "sixteen.png")
+    with pytest.warns(UserWarning) as told:
+        photos = load_photos(tmp_path)
+    assert len(photos) == 1 and photos[0].shape == (200, 200, 3)
+    for name, warning in zip(("cut.jpg", "empty.png", "low.png", "sixteen.png", "text.webp"), told, strict=True):
+        assert f"{tmp_path / name} " in str(warning.message) and str(warning.message).endswith("; skipped")
+
+
+def test_a_folder_without_a_readable_picture_is_told(tmp_path):
+    with pytest.raises(InputError, match=f"photos: {tmp_path} holds no readable picture; put"):
+        load_photos(tmp_path)
+    (tmp_path / "a.png").write_text("broken")
+    with pytest.warns(UserWarning, match="a.png"), pytest.raises(InputError, match="no readable picture"):
+        load_photos(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_large_photos_are_reduced(tmp_path, suffix):
+    Image.linear_gradient("L").resize((4000, 1000)).save(tmp_path / f"a.{suffix}")
+    (photo,) = load_photos(tmp_path)
+    assert photo.shape == (384, 1536, 3)
+    assert abs(photo.mean((1, 2)) - np.linspace(0, 255, 384)).max() < 3
