@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
+from .folders import FolderSampler, PhotoBank
 from .scenes import Scenes, SceneSampler, TextureBank
 from .solids import SolidSampler
 from .textures import TESTING, load_photos
@@ -49,23 +50,26 @@ def build_sampler(plan: dict, seed: int, image_size: int, reference_size: int, d
     """The sampler that a training plan's `[data]` describes.
 
     plan        textures, texture_size, redrawn_per_step; solids, the share of solid products (default 0.6);
-                photos, folders whose pictures serve as textures
+                photos, folders whose pictures serve as textures; folders, photos of objects (`folders.py`), and
+                folders_share, how many of the scenes show these (default 0.5)
     held_out    textures and scenes that training never sees: no photos, few textures, none redrawn
     """
     if held_out:
         bank = TextureBank(min(64, plan["textures"]), plan["texture_size"], HELD_OUT + seed, style=TESTING, device=device)
     else:
-        photos = [picture for folder in plan.get("photos", ()) for picture in load_photos(existing(folder))]
+        photos = [picture for folder in plan.get("photos", ()) for picture in load_photos(existing(folder, "photos"))]
         bank = TextureBank(plan["textures"], plan["texture_size"], seed, photos, plan["redrawn_per_step"], device=device, progress=progress)
-    solids = plan.get("solids", 0.6)
-    if not 0 <= solids <= 1:
-        raise InputError("data", f"solids is {solids}", "use a share from 0 to 1")
-    samplers = [kind(bank, seed, image_size, reference_size) for kind in (SceneSampler, SolidSampler)]
-    return Mixture(samplers, [1 - solids, solids], seed)
+    solids, own = plan.get("solids", 0.6), plan.get("folders_share", 0.5)
+    samplers, shares = [kind(bank, seed, image_size, reference_size) for kind in (SceneSampler, SolidSampler)], [1 - solids, solids]
+    if plan.get("folders") and not held_out:
+        photos = PhotoBank([existing(folder, "folders") for folder in plan["folders"]], device, progress)
+        samplers.append(FolderSampler(photos, seed, image_size, reference_size))
+        shares = [(1 - own) * share for share in shares] + [own]
+    return Mixture(samplers, shares, seed)
 
 
-def existing(folder: str | Path) -> Path:
+def existing(folder: str | Path, name: str) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError("photos", f"{folder} is not a folder", "give a folder of pictures")
+        raise InputError(name, f"{folder} is not a folder", "give a folder of pictures")
     return folder

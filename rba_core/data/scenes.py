@@ -55,6 +55,7 @@ class TextureBank:
 
     def __init__(self, count: int, size: int, seed: int, photos=(), redrawn: int = 0, style: Style = TRAINING, device="cpu", progress=lambda items: items):
         self.size, self.seed, self.photos, self.redrawn, self.style = size, seed, photos, redrawn, style
+        self.device = torch.device(device)
         self.sides = [max(1, size >> level) for level in range(4)]
         self.starts = [sum(side**2 for side in self.sides[:level]) for level in range(5)]
         self.products = torch.empty(count, 4, size, size, dtype=torch.uint8, device=device)
@@ -120,7 +121,7 @@ class SceneSampler:
         self.bank, self.image_size, self.reference_size = bank, image_size, reference_size
         self.disparity = 1.0  # of pose and light between the views, in shares of the full range
         self.close_ups = 0.4  # share of the references in alignment mode that show little more than the region
-        self.device = bank.products.device
+        self.device = bank.device
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def at(self, step: int) -> None:
@@ -166,31 +167,40 @@ class SceneSampler:
         mask = self._free_form(grid(self.image_size, batch), offset, 1 / context) * (alpha > 0.5)
         image = sampled[:, :3] * alpha + self._background(batch) * (1 - alpha)
 
-        coarse = grid(self.image_size // 4, batch)
-        coarse_uv = F.interpolate(uv.movedim(-1, 1), coarse.shape[1:3], mode="area").movedim(1, -1)
-        coarse_mask = F.interpolate(mask, coarse.shape[1:3], mode="area")[:, 0]
-        uv_to_reference = self._uv_to_reference(texture[:, 3:])
-        inside = coarse_mask > 0.3
+        cells = (self.image_size // 4,) * 2
+        coarse_uv = F.interpolate(uv.movedim(-1, 1), cells, mode="area").movedim(1, -1)
+        inside = F.interpolate(mask, cells, mode="area")[:, 0] > 0.3
+        on_object = F.interpolate(alpha, cells, mode="area")[:, 0] > 0.5
+        reference, flow, visible = self._reference(index, texture[:, 3:], coarse_uv, inside, on_object, mode)
+        return Scenes(self._soften(self._photometric(image)), mask, reference, flow, visible)
+
+    def _reference(self, index, shape: Tensor, uv: Tensor, inside: Tensor, on_object: Tensor, mode: str, known: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The second view: reference, flow and visibility as in `Scenes`.
+
+        index       of the products it shows, as `_cut_out` takes them
+        shape       `[B, 1, ·, ·]`, their alpha over uv
+        uv          `[B, S/4, S/4, 2]`, crop -> uv; there, whether M_a is inside and the object is seen
+        known       `[B]`, items whose two views share their uv, all by default; the others show the whole object and no correspondence
+        """
+        batch = len(uv)
+        uv_to_reference = self._uv_to_reference(shape)
         margin, shift, near = self._closeness(batch, mode)
-        close = fit_to_frame(uv_to_reference, coarse_uv.flatten(1, 2), inside.flatten(1), margin)
+        known = torch.ones_like(near) if known is None else known
+        close = fit_to_frame(uv_to_reference, uv.flatten(1, 2), inside.flatten(1), margin)
         close[:, :2] = close[:, :2] + shift[..., None] * close[:, 2:]
-        uv_to_reference = torch.where(near[:, None, None], close, uv_to_reference)
-        flow = transform(uv_to_reference, coarse_uv)
+        uv_to_reference = torch.where((near & known)[:, None, None], close, uv_to_reference)
+        flow = transform(uv_to_reference, uv)
 
         reference_uv = transform(torch.linalg.inv(uv_to_reference), grid(self.reference_size, batch))
         sampled = self._cut_out(index, reference_uv, footprint=(reference_uv[:, -1, -1] - reference_uv[:, 0, 0]).norm(dim=-1) / 2**0.5 / self.reference_size)
         segment = (sampled[:, 3:] > 0.5).float()
         if mode == "refinement":
-            segment = segment * self._region(flow, inside)
-        reference = self._photometric(sampled[:, :3])
-        reference = reference * segment + REFERENCE_FILL * (1 - segment)
-        image = self._soften(self._photometric(image))
+            segment = segment * torch.where(known[:, None, None, None], self._region(flow, inside), 1.0)
+        reference = self._photometric(sampled[:, :3]) * segment + REFERENCE_FILL * (1 - segment)
 
         on_reference = (flow.abs() < 1).all(-1)
         in_segment = F.grid_sample(segment, flow, mode="nearest", align_corners=False)[:, 0] > 0.5
-        on_object = F.interpolate(alpha, coarse.shape[1:3], mode="area")[:, 0] > 0.5
-        visible = (on_reference & in_segment & on_object).float()[:, None]
-        return Scenes(image, mask, reference, flow, visible)
+        return reference, flow, (on_reference & in_segment & on_object & known[:, None, None]).float()[:, None]
 
     def _closeness(self, batch: int, mode: str) -> tuple[Tensor, Tensor, Tensor]:
         """How close the references show M_a's counterpart: the frame's side in sides of it, where its centre stands

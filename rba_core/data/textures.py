@@ -69,12 +69,12 @@ def photo_paths(folder: str | Path) -> list[Path]:
     return [path for path in paths if not (path.stem.endswith("_mask") and path.stem.removesuffix("_mask") in stems)]
 
 
-def read_photo(path: Path) -> np.ndarray:
-    """One photo upright by its EXIF orientation, uint8 `[H, W, 3]`, `LARGEST` pixels along its longer side at most.
+def read_photo(path: Path, largest: int = LARGEST) -> np.ndarray:
+    """One photo upright by its EXIF orientation, uint8 `[H, W, 3]`, `largest` pixels along its longer side at most.
     `InputError` where it cannot be read or is tiny."""
     try:
         with Image.open(path) as picture:
-            picture.draft("RGB", (LARGEST, LARGEST))  # a JPEG is then never decoded at full size
+            picture.draft("RGB", (largest, largest))  # a JPEG is then never decoded at full size
             picture.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError("photos", f"{path} cannot be read ({error})", "give a whole JPEG, PNG or WebP file") from error
@@ -83,7 +83,7 @@ def read_photo(path: Path) -> np.ndarray:
     picture = ImageOps.exif_transpose(picture).convert("RGB")
     if min(picture.size) < SMALLEST:
         raise InputError("photos", f"{path} is {picture.width} x {picture.height} pixels", f"use {SMALLEST} or more a side")
-    picture.thumbnail((LARGEST, LARGEST))
+    picture.thumbnail((largest, largest))
     return np.asarray(picture)
 
 

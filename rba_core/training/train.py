@@ -35,12 +35,14 @@ LEGS = ("encoder", "autoencoder", "refiner")
 FROM_INIT = {"encoder": ("encoder", "model"), "autoencoder": ("vae", "model"), "refiner": ("model",)}
 """Which of [init]'s keys make a leg unnecessary."""
 REQUIRED = {
+    "data": ("textures", "texture_size", "redrawn_per_step"),
     "encoder": ("steps", "batch", "learning_rate", "ema"),
     "autoencoder": ("steps", "batch", "crop", "learning_rate", "ema"),
     "refiner": ("steps", "batch", "learning_rate", "mlp_learning_rate", "ema"),
 }
 LOOP = ("micro_batch", "schedule", "warmup", "weight_decay", "save_every")
 OPTIONAL = {
+    "data": ("solids", "photos", "folders", "folders_share"),
     "encoder": (*LOOP, "validate_every", "validation_items"),
     "autoencoder": LOOP,
     "refiner": (*LOOP, "validate_every", "validation_items", "gradient_checkpointing", "drop", "mask_weight", "attention_weight", "layers"),
@@ -56,11 +58,14 @@ def _number(low: float, high: float, words: str) -> tuple[Callable, str]:
 
 
 VALUES = {
-    **dict.fromkeys(("steps", "batch", "micro_batch", "crop", "save_every", "validation_items"), _whole(1)),
-    **dict.fromkeys(("warmup", "validate_every"), _whole(0)),
+    **dict.fromkeys(("steps", "batch", "micro_batch", "crop", "save_every", "validation_items", "textures"), _whole(1)),
+    "texture_size": _whole(16),
+    **dict.fromkeys(("warmup", "validate_every", "redrawn_per_step"), _whole(0)),
     **dict.fromkeys(("learning_rate", "mlp_learning_rate"), _number(1e-12, 1, "above 0 and below 1")),
     **dict.fromkeys(("ema", "drop"), _number(0, 1, "0 or more and below 1")),
     **dict.fromkeys(("mask_weight", "attention_weight", "weight_decay"), _number(0, float("inf"), "0 or more")),
+    **dict.fromkeys(("solids", "folders_share"), (lambda value: type(value) in (int, float) and 0 <= value <= 1, "use a share from 0 to 1")),
+    **dict.fromkeys(("photos", "folders"), (lambda value: type(value) is list and all(type(v) is str for v in value), "use a list of folders")),
     "schedule": (lambda value: value in SCHEDULES, f"use one of {', '.join(SCHEDULES)}"),
     "gradient_checkpointing": (lambda value: type(value) is bool, "use true or false"),
     "layers": (lambda value: type(value) is list and all(type(v) is int and 0 <= v < 16 for v in value), "use a list of layers, 0 to 15"),
@@ -71,7 +76,7 @@ def train(config: str | Path, output: Path, *, photos: str | None = None, legs: 
     """Train the model that `config` describes, a TOML file or the name of a shipped one. Writes `output`/<leg>.pt,
     .jsonl and .png as it goes, and `output`/<model>/ at the end; prints where that is.
 
-    photos   folder of pictures, added to the plan's
+    photos   folder of pictures, added to the plan's photos, and to its folders where it has a `folders_share`
     legs     some of `LEGS`; the ones before must have been trained or come from [init]
     steps    of each leg, instead of the plan's
 
@@ -85,8 +90,8 @@ def train(config: str | Path, output: Path, *, photos: str | None = None, legs: 
     if photos and not Path(photos).is_dir():
         raise InputError("photos", f"{photos} is not a folder", "give a folder of pictures")
     if photos:
-        given = plan["data"].get("photos", [])
-        plan["data"]["photos"] = [*([given] if isinstance(given, str) else given), str(photos)]
+        for key in ("photos", "folders") if "folders_share" in plan["data"] else ("photos",):
+            plan["data"][key] = [*plan["data"].get(key, []), str(photos)]
     planned = [leg for leg in LEGS if leg in plan]
     for leg in planned:
         plan[leg]["steps"] = steps or plan[leg]["steps"]
@@ -150,17 +155,18 @@ def read_plan(config: str | Path) -> dict:
         raise InputError("config", f"{path} has an unknown {sorted(unknown)[0]!r} in [init]", "use unet, vae, encoder or model")
     if "model" in init and len(init) > 1:
         raise InputError("config", f"{path} has 'model' and more in [init]", "give a whole model or its parts")
-    for leg in LEGS:
-        if leg not in plan:
+    for section in ("data", *LEGS):
+        if section not in plan:
             continue
-        if absent := set(REQUIRED[leg]) - set(plan[leg]):
-            raise InputError("config", f"{path} lacks {sorted(absent)[0]!r} in [{leg}]", remedy)
-        for key, value in plan[leg].items():
-            if key not in REQUIRED[leg] + OPTIONAL[leg]:
-                raise InputError("config", f"{path} has an unknown {key!r} in [{leg}]", remedy)
+        if absent := set(REQUIRED[section]) - set(plan[section]):
+            raise InputError("config", f"{path} lacks {sorted(absent)[0]!r} in [{section}]", remedy)
+        for key, value in plan[section].items():
+            if key not in REQUIRED[section] + OPTIONAL[section]:
+                raise InputError("config", f"{path} has an unknown {key!r} in [{section}]", remedy)
             allowed, words = VALUES[key]
             if not allowed(value):
-                raise InputError("config", f"{path} has {key} = {value!r} in [{leg}]", words)
+                raise InputError("config", f"{path} has {key} = {value!r} in [{section}]", words)
+    for leg in (leg for leg in LEGS if leg in plan):
         if plan[leg]["batch"] % plan[leg].get("micro_batch", 1):
             raise InputError("config", f"{path} has batch = {plan[leg]['batch']} and micro_batch = {plan[leg]['micro_batch']} in [{leg}]", "make batch a multiple of micro_batch")
     return plan

@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rba_core.data.folders import FolderSampler
 from rba_core.data.mixture import Mixture, build_sampler
 from rba_core.data.scenes import SceneSampler, TextureBank
 from rba_core.data.solids import SolidSampler
@@ -72,9 +73,26 @@ def test_photos_become_textures_and_never_held_out_ones(tmp_path):
     assert pink(build_sampler(plan, 1, 32, 32)) and not pink(build_sampler(plan, 1, 32, 32, held_out=True))
 
 
-def test_a_folder_that_is_not_there_is_told():
-    with pytest.raises(InputError, match="photos: nowhere is not a folder"):
-        build_sampler(PLAN | {"photos": ["nowhere"]}, 1, 32, 32)
+@pytest.mark.parametrize("key", ["photos", "folders"])
+def test_a_folder_that_is_not_there_is_told(key):
+    with pytest.raises(InputError, match=f"{key}: nowhere is not a folder"):
+        build_sampler(PLAN | {key: ["nowhere"]}, 1, 32, 32)
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 1.0])
+def test_the_share_of_folders_is_kept_and_none_is_held_out(share, tmp_path, monkeypatch):
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
+    drawn = []
+    for sampler in (SceneSampler, SolidSampler, FolderSampler):
+        usual = sampler._sample
+        monkeypatch.setattr(sampler, "_sample", lambda self, batch, mode, usual=usual: drawn.extend([type(self)] * batch) or usual(self, batch, mode))
+    plan = PLAN | {"folders": [str(tmp_path)]} | ({} if share is None else {"folders_share": share})
+    sampler = build_sampler(plan, 1, 32, 32)
+    sampler.sample(40, "alignment")
+    assert drawn.count(FolderSampler) / 40 == pytest.approx(0.5 if share is None else share, abs=0.25 if share is None else 0)
+    assert [type(part) for part in build_sampler(plan, 1, 32, 32, held_out=True).samplers] == [SceneSampler, SolidSampler]
+    flat, solid, _ = sampler.shares.tolist()
+    assert solid == pytest.approx(1.5 * flat)  # as without
 
 
 def test_looking_up_a_texture_is_bilinear_and_halved_by_level():

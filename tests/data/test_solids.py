@@ -6,7 +6,6 @@ from torch import Tensor
 from rba_core.data import solids
 from rba_core.data.scenes import REFERENCE_FILL, Scenes, SceneSampler, TextureBank
 from rba_core.data.solids import BOX, ELLIPSOID, FRUSTUM, Part, SolidSampler, View, first, lattice, turned
-from rba_core.errors import InputError
 
 MODES = ["alignment", "refinement"]
 
@@ -174,10 +173,3 @@ def test_every_template_is_drawn(bank, monkeypatch):
 def test_the_window_around_nothing_is_the_middle():
     centre, half = solids.around(torch.rand(1, 2, 9), torch.zeros(1, 9, dtype=torch.bool), torch.ones(1))
     assert torch.equal(centre, torch.zeros(1, 2)) and half.item() == 1
-
-
-def test_a_plan_with_a_share_beyond_one_is_refused():
-    from rba_core.data.mixture import build_sampler
-
-    with pytest.raises(InputError, match="solids is 2"):
-        build_sampler({"textures": 4, "texture_size": 32, "redrawn_per_step": 0, "solids": 2}, 0, 32, 32)

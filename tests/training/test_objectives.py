@@ -114,6 +114,32 @@ def test_the_encoders_objective_is_finite_and_trains_the_encoder(small, sampler)
     assert all(reached(small.encoder.encoder)) and all(reached(objective.match)) and objective.temperature.grad != 0
 
 
+def test_where_nothing_is_known_of_the_correspondence_the_rest_trains(make_model, sampler):
+    """Two photos of one object: `visible` is 0 in some rows of a batch, or in all."""
+    scenes = SceneSampler(sampler.bank, 1, image_size=224, reference_size=224).sample(3, "alignment")
+    scenes.flow[0] = 7.0
+    some, none = (scenes.visible * torch.tensor(rows)[:, None, None, None] for rows in ([0.0, 1.0, 1.0], [0.0, 0.0, 0.0]))
+    objective = EncoderObjective(make_model.__wrapped__(6, "v_prediction"), width=16)
+    values = {}
+    for name, visible in (("some", some), ("none", none)):
+        scenes.visible = visible
+        values[name] = objective(scenes, scenes.image)
+        assert finite(values[name])
+        sum(values[name].values()).backward()
+    assert float(values["none"]["match"]) == float(values["none"]["back"]) == 0 < float(values["some"]["match"])
+    known = Scenes(*(value[1:] for value in vars(Scenes(scenes.image, scenes.mask, scenes.reference, scenes.flow, some)).values()))
+    assert torch.allclose(objective(known, known.image)["match"], values["some"]["match"])
+
+    for mode in ("alignment", "refinement"):
+        scenes = sampler.sample(2, mode)
+        scenes.visible = torch.zeros_like(scenes.visible)
+        refiner = RefinerObjective(make_model.__wrapped__(6, "v_prediction", collage=True))
+        terms = refiner(scenes, mode, torch.Generator().manual_seed(0))
+        assert finite(terms) and terms["denoise"] > 0 and all(float(term) == 0 for name, term in terms.items() if name != "denoise")
+        sum(terms.values()).backward()
+        assert all(torch.isfinite(p.grad).all() for p in refiner.parameters() if p.grad is not None)
+
+
 def test_the_matching_loss_falls_when_the_crop_is_the_reference(small):
     """A picture against itself is easier than against another: the targets are the right way round."""
     objective = EncoderObjective(small, width=32)

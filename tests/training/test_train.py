@@ -285,6 +285,17 @@ def test_photos_are_added_to_the_plans(plan, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         train(plan, tmp_path / "out", photos=str(tmp_path / "photos"))
     assert seen[0]["photos"] == [str(tmp_path / "more"), str(tmp_path / "photos")] and seen[0]["textures"] == 4
+    assert "folders" not in seen[0]
+
+
+def test_photos_are_shown_as_they_are_where_the_plan_has_a_share_of_folders(plan, tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    plan.write_text(plan.read_text().replace("[encoder]", 'folders = ["mine"]\nfolders_share = 0.3\n[encoder]'))
+    seen = []
+    monkeypatch.setattr("rba_core.training.train.build_sampler", lambda data, *args, **kwargs: seen.append(data) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(plan, tmp_path / "out", photos=str(tmp_path / "photos"))
+    assert seen[0]["folders"] == ["mine", str(tmp_path / "photos")] and seen[0]["photos"] == [str(tmp_path / "photos")]
 
 
 def rba_train(*options: str) -> int:
@@ -299,6 +310,13 @@ GOOD = PLAN.format(model="small", steps=1)
     [
         ("model = ", "config: .* is not TOML"),
         ("[data]", "config: .* has no 'model'"),
+        (GOOD.replace("texture_size = 64", ""), "config: .* lacks 'texture_size' in .data."),
+        (GOOD.replace("texture_size = 64", "texture_size = 8"), "config: .* has texture_size = 8 in .data.; use a whole number, 16"),
+        (GOOD.replace("[encoder]", "folder_share = 0.5\n[encoder]"), "config: .* has an unknown 'folder_share' in .data."),
+        (GOOD.replace("[encoder]", "solids = 2\n[encoder]"), "config: .* has solids = 2 in .data.; use a share from 0 to 1"),
+        (GOOD.replace("[encoder]", "folders_share = -0.1\n[encoder]"), "config: .* has folders_share = -0.1 in .data."),
+        (GOOD.replace("[encoder]", 'folders = "mine"\n[encoder]'), "config: .* has folders = 'mine' in .data.; use a list of folders"),
+        (GOOD.replace("[encoder]", 'folders = ["nowhere"]\n[encoder]'), "folders: nowhere is not a folder"),
         (GOOD.replace("[refiner]", "[retoucher]"), "config: .* has an unknown 'retoucher'"),
         (without(GOOD, "refiner"), "config: .* has no 'refiner'"),
         (without(GOOD, "encoder") + '[init]\nvae = "nowhere"', "config: .* has no 'encoder'"),
