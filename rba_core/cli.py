@@ -1,4 +1,4 @@
-"""`rba`: refine, align, bench, demo, train."""
+"""`rba`: refine, align, demo, bench, report, train."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def demo(options) -> None:
         run(_load(options), Path(options.output), seed=options.seed, progress=progress)
 
 
-def bench(options) -> None:
+def bench_run(options) -> None:
     from .bench.run import format_table, run
     from .bench.sheet import ContactSheet
 
@@ -119,10 +119,10 @@ def report(options) -> None:
     print(options.output)
 
 
-def make_set(options) -> None:
+def bench_make(options) -> None:
     from .bench.synthetic import make_set
 
-    make_set(options.folder, options.n, options.seed)
+    make_set(options.folder, options.n, options.seed, options.split, options.size, workers=options.workers)
     print(f"{options.folder}  ({options.n} items)")
 
 
@@ -258,24 +258,29 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", default="rba-demo", metavar="DIR", help="where the pictures go (default: %(default)s)")
     command.set_defaults(command=demo)
 
-    command = commands.add_parser("bench", parents=[model], help="measure methods on a benchmark folder")
+    benches = commands.add_parser("bench", help="make a benchmark set, measure methods on one").add_subparsers(required=True, metavar="WHAT")
+
+    command = benches.add_parser("make", help="write a synthetic set, held out from training by its seeds")
+    command.add_argument("folder", metavar="DIR")
+    command.add_argument("--split", default="test", choices=["test", "validation"], help="they share no seed (default: %(default)s)")
+    command.add_argument("--n", type=int, default=200, help="items (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="same seed, same set (default: %(default)s)")
+    command.add_argument("--size", type=int, default=384, metavar="PX", help="side of the pictures (default: %(default)s)")
+    command.add_argument("--workers", type=int, default=1, metavar="N", help="processes, one core each (default: %(default)s)")
+    command.set_defaults(command=bench_make)
+
+    command = benches.add_parser("run", parents=[model], help="measure methods on a benchmark folder")
     command.add_argument("set", metavar="SET", help="folder with index.jsonl")
     command.add_argument("--methods", default="none,telea,single-stage,refine", help="comma-separated (default: %(default)s)")
     command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
     command.add_argument("--json", metavar="FILE", help="write all figures")
     command.add_argument("--sheet", metavar="FILE", help="write a contact sheet")
-    command.set_defaults(command=bench)
+    command.set_defaults(command=bench_run)
 
-    command = commands.add_parser("report", help="write a Markdown page from files of bench --json")
+    command = commands.add_parser("report", help="write a Markdown page from files of bench run --json")
     command.add_argument("results", nargs="+", metavar="JSON")
     command.add_argument("-o", "--output", required=True, metavar="FILE")
     command.set_defaults(command=report)
-
-    command = commands.add_parser("make-set", help="write a synthetic benchmark set, held out from training by its seeds")
-    command.add_argument("folder", metavar="DIR")
-    command.add_argument("--n", type=int, default=200, help="items (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    command.set_defaults(command=make_set)
 
     command = commands.add_parser("train", help="train a model: encoder, autoencoder, then U-Net and MLP; resumes where it stopped")
     command.add_argument("--config", default="rba-tiny", metavar="TOML", help="a plan, or a shipped one's name: rba-tiny, own-photos, sd1x (default: %(default)s)")

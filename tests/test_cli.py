@@ -271,9 +271,9 @@ def test_wrong_usage_exits_with_2(options, capsys):
 
 
 def test_help_exits_with_0_for_every_command(capsys):
-    for command in ("refine", "align", "demo", "bench", "make-set", "train"):
+    for command in ("refine", "align", "demo", "bench", "bench make", "bench run", "report", "train"):
         with pytest.raises(SystemExit) as left:
-            cli.main([command, "--help"])
+            cli.main([*command.split(), "--help"])
         assert left.value.code == 0
         assert f"usage: rba {command}" in capsys.readouterr().out
 

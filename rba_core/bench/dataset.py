@@ -52,7 +52,7 @@ class BenchmarkSet(Sequence):
         self.folder = Path(folder)
         index = self.folder / "index.jsonl"
         if not index.is_file():
-            raise InputError("set", f"{self.folder} has no index.jsonl", "give the folder of a benchmark set, or make one with `rba make-set`")
+            raise InputError("set", f"{self.folder} has no index.jsonl", "give the folder of a benchmark set, or make one with `rba bench make`")
         self.lines = []
         for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
             if line.strip():

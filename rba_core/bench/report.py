@@ -10,15 +10,15 @@ from .run import HEADINGS, MEASURES, figure
 
 
 def write_report(sources: list[str | Path], target: str | Path) -> None:
-    """Write a page with a section for each JSON file of `rba bench --json`."""
-    sections = ["# Results", "", f"Made by `rba report {' '.join(Path(s).name for s in sources)}` from the JSON files beside this page, each written by `rba bench SET --json FILE`.", ""]
+    """Write a page with a section for each JSON file of `rba bench run --json`."""
+    sections = ["# Results", "", f"Made by `rba report {' '.join(Path(s).name for s in sources)}` from the JSON files beside this page, each written by `rba bench run SET --json FILE`.", ""]
     for source in sources:
         try:
             sections += section(json.loads(Path(source).read_text()))
         except FileNotFoundError as error:
-            raise InputError("results", f"{source} does not exist", "write it with rba bench SET --json FILE") from error
+            raise InputError("results", f"{source} does not exist", "write it with rba bench run SET --json FILE") from error
         except (json.JSONDecodeError, KeyError) as error:
-            raise InputError("results", f"{source} is not what rba bench writes ({error})", "write it with rba bench SET --json FILE") from error
+            raise InputError("results", f"{source} is not what rba bench writes ({error})", "write it with rba bench run SET --json FILE") from error
     Path(target).write_text("\n".join(sections))
 
 

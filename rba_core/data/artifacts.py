@@ -22,7 +22,7 @@ def simulate(image: Tensor, mask: Tensor, kind: str, rng: np.random.Generator, f
 
     image     `[3, H, W]` in [0, 1]
     mask      `[H, W]`
-    kind      "garble", "smear", "swap" or "invent"
+    kind      "garble", "smear", "swap", "invent" or "recolour"
     feather   width in pixels of the blend, inside the mask
     """
     if kind not in ARTIFACTS:
@@ -107,7 +107,24 @@ def invent(picture: np.ndarray, inside: np.ndarray, rng: np.random.Generator) ->
     return ndimage.gaussian_filter(np.asarray(strokes) / 255, (0.7, 0.7, 0))
 
 
-ARTIFACTS = {"garble": garble, "smear": smear, "swap": swap, "invent": invent}
+def recolour(picture: np.ndarray, inside: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The right drawing in the wrong colours: hues turned, the whole tinted, for grey has no hue to turn."""
+    turn, tint = rng.uniform(np.pi / 2, 1.5 * np.pi), rng.uniform(0, 2 * np.pi)
+    mean = picture[inside].mean(0)
+    luma, first, second = np.moveaxis((picture - mean) @ OPPONENT.T, -1, 0)
+    base = mean @ OPPONENT.T
+    along, across = np.array([np.cos(turn), np.sin(turn)]), np.array([-np.sin(turn), np.cos(turn)])
+    shift = 0.22 * np.array([np.cos(tint), np.sin(tint)])
+    if shift @ (base[1] * (along - [1, 0]) + base[2] * (across - [0, 1])) < 0:
+        shift = -shift  # the tint would undo the turn
+    chroma = (base[1] + first)[..., None] * along + (base[2] + second)[..., None] * across + shift
+    return np.concatenate([(base[0] + luma)[..., None], chroma], -1) @ np.linalg.inv(OPPONENT).T
+
+
+OPPONENT = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+"""RGB -> luma and two axes of hue, YIQ."""
+
+ARTIFACTS = {"garble": garble, "smear": smear, "swap": swap, "invent": invent, "recolour": recolour}
 
 
 def _smooth_noise(shape: tuple[int, int], sigma: float, rng: np.random.Generator) -> np.ndarray:
