@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from rba_core.data.folders import FolderSampler
@@ -98,8 +99,19 @@ def test_the_share_of_folders_is_kept_and_none_is_held_out(share, tmp_path, monk
 def test_looking_up_a_texture_is_bilinear_and_halved_by_level():
     bank = TextureBank(2, 32, seed=0)
     centres = (torch.arange(32) + 0.5) / 16 - 1
-    uv = torch.stack(torch.meshgrid(centres, centres, indexing="ij")[::-1], -1).flatten(0, 1)
-    found = bank.look_up(torch.ones(1024, dtype=torch.long), torch.zeros(1024), uv)
-    assert torch.allclose(found.mT.view(3, 32, 32), bank.products[1, :3].float() / 255, atol=1e-5)
-    coarse = bank.look_up(torch.ones(1, dtype=torch.long), torch.tensor([9.0]), torch.tensor([[-0.75, -0.75]]))
-    assert torch.allclose(coarse[0], bank.products[1, :3, :8, :8].float().mean((1, 2)) / 255, atol=2 / 255)
+    uv = torch.stack(torch.meshgrid(centres, centres, indexing="ij")[::-1]).flatten(1)
+    products, levels = torch.tensor([0, 1, 1]), torch.tensor([0.0, 0.0, 9.0])
+    found = bank.look_up(products, levels, torch.ones(1024, dtype=torch.long), uv)
+    assert torch.allclose(found.view(3, 32, 32), bank.products[1, :3].float() / 255, atol=1e-5)
+    coarse = bank.look_up(products, levels, torch.tensor([2]), torch.tensor([[-0.75], [-0.75]]))
+    assert torch.allclose(coarse[:, 0], bank.products[1, :3, :8, :8].float().mean((1, 2)) / 255, atol=2 / 255)
+
+
+def test_between_texels_and_beyond_the_border_it_is_as_grid_sample_has_it():
+    bank = TextureBank(2, 32, seed=0)
+    uv = torch.rand(2, 500, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
+    for level in range(4):
+        found = bank.look_up(torch.tensor([1]), torch.tensor([level]), torch.zeros(500, dtype=torch.long), uv)
+        expected = F.grid_sample(bank.picture(1, level), uv.mT[None, None], padding_mode="border", align_corners=False)
+        assert torch.allclose(found, expected[0, :, 0], atol=1e-5)
+        assert bank.picture(1, level).shape == (1, 3, 32 >> level, 32 >> level)
