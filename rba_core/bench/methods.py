@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .. import refinement
+from ..collage import Collage, transfer_detail
 from ..errors import InputError
-from ..geometry import Box
+from ..geometry import Box, resize
 from ..model import RefineByAlign
-from ..pipeline import Settings, refine_by_align
-from ..postprocessing import MatchedRegion
+from ..pipeline import Settings, grow, refine_by_align, register
+from ..postprocessing import MatchedRegion, clean
+from ..reference_encoding import EncodedReference, encode_reference, segment
+from ..stitch import stitch
+from ..zoom_crop import zoom_crop
 from .dataset import Item
+
+TEMPERATURE = 0.05
+"""Of the softmax over cosines in `features`: a token that is nearer by 0.05 counts e times as much."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +36,9 @@ class Outcome:
     fell_back: bool = False
 
 
-def refine(item: Item, model: RefineByAlign, seed: int, register: bool = True) -> Outcome:
-    """Both stages; an artifact whose alignment says nothing is redrawn from the whole reference."""
-    settings = Settings(on_flat="single-stage", register=register)
+def refine(item: Item, model: RefineByAlign, seed: int, **settings) -> Outcome:
+    """Both stages; an artifact whose alignment says nothing is redrawn from the whole reference. settings: of `Settings`."""
+    settings = Settings(on_flat="single-stage", **settings)
     refined = refine_by_align(model, item.image, item.mask, item.reference, item.reference_mask, settings=settings, seed=seed)
     found = [region for region in refined.regions if region is not None]
     return Outcome(refined.image, reduce(_united, found) if found else None, len(found) < len(refined.regions))
@@ -44,6 +53,36 @@ def single_stage(item: Item, model: RefineByAlign, seed: int) -> Outcome:
     """No alignment: the whole reference guides the refinement (the paper's ablation)."""
     settings = Settings(single_stage=True)
     return Outcome(refine_by_align(model, item.image, item.mask, item.reference, item.reference_mask, settings=settings, seed=seed).image)
+
+
+def oracle(item: Item, model: RefineByAlign, seed: int) -> Outcome:
+    """M_gt in place of the alignment's region, then as `refine`: what a faultless alignment would be worth."""
+    if item.correspondence is None:
+        raise InputError("method", f"oracle needs M_gt, which {item.id} lacks", "give a set with correspondence, or leave oracle out")
+    return _redrawn(item, model, MatchedRegion(item.correspondence, Box.around(item.correspondence), item.correspondence), seed)
+
+
+@torch.no_grad()
+def features(item: Item, model: RefineByAlign, seed: int) -> Outcome:
+    """The encoder alone aligns, by the likeness of its tokens of the crop and of the reference; then as `refine`."""
+    whole = encode_reference(model, item.reference, _object(item))
+    crop = zoom_crop(item.image, item.mask, model.config.image_size, context=model.config.alignment_context, multiple=model.stride)
+    square, _ = segment(item.reference, _object(item), model.config.reference_fill)
+    side = model.encoder_size
+    query, key = F.normalize(model.tokens(torch.stack([resize(picture, side, side) for picture in (crop.image, square)])).float(), dim=-1)
+    weights = F.adaptive_avg_pool2d(crop.mask[None], whole.tokens).flatten().to(query)
+    attention = (query @ key.T / TEMPERATURE).softmax(-1)
+    try:
+        region = clean((weights @ attention / weights.sum()).view(whole.tokens, -1).cpu(), whole)
+    except InputError:
+        return replace(single_stage(item, model, seed), fell_back=True)
+    return _redrawn(item, model, region, seed)
+
+
+def no_reference(item: Item, model: RefineByAlign, seed: int) -> Outcome:
+    """The embedding dropped as in training, no collage: what the surroundings and the model's memory give."""
+    whole = encode_reference(model, item.reference, _object(item))
+    return Outcome(_redrawn_crop(item, model, replace(whole, embedding=torch.zeros_like(whole.embedding)), None, seed))
 
 
 def none(item: Item, model: RefineByAlign | None, seed: int) -> Outcome:
@@ -63,8 +102,33 @@ def telea(item: Item, model: RefineByAlign | None, seed: int) -> Outcome:
     return Outcome(torch.where(item.mask > 0.5, filled, item.image))
 
 
-METHODS = {"refine": refine, "paper": paper, "single-stage": single_stage, "none": none, "telea": telea}
-NEED_MODEL = {"refine", "paper", "single-stage"}
+METHODS = {
+    "refine": refine, "paper": paper, "oracle": oracle, "features": features, "single-stage": single_stage, "no-reference": no_reference,
+    "none": none, "telea": telea,
+}  # fmt: skip
+NEED_MODEL = set(METHODS) - {"none", "telea"}
+
+
+def _object(item: Item) -> Tensor:
+    return torch.ones(item.reference.shape[-2:]) if item.reference_mask is None else item.reference_mask
+
+
+def _redrawn(item: Item, model: RefineByAlign, region: MatchedRegion, seed: int) -> Outcome:
+    """The second stage of `refine_by_align` on a region from elsewhere; the mask as one artifact."""
+    settings = Settings()
+    crop = zoom_crop(item.image, item.mask, model.config.image_size, context=model.config.context, multiple=model.stride)
+    region, collage = register(crop, item.reference, _object(item), region, item.image, settings)
+    guide = encode_reference(model, item.reference, grow(region, settings.region_margin) * _object(item))
+    return Outcome(_redrawn_crop(item, model, guide, collage, seed), region)
+
+
+def _redrawn_crop(item: Item, model: RefineByAlign, guide: EncodedReference, collage: Collage | None, seed: int) -> Tensor:
+    crop = zoom_crop(item.image, item.mask, model.config.image_size, context=model.config.context, multiple=model.stride)
+    strength = model.config.collage_strength * (1 - collage.confidence) if collage else 1.0
+    redrawn = refinement.refine(model, crop, guide, collage=collage, strength=strength, seed=seed)
+    if collage is not None:
+        redrawn = transfer_detail(redrawn, collage, crop.mask, 1.0)
+    return stitch(item.image, item.mask, redrawn, crop.box)
 
 
 def _united(a: MatchedRegion, b: MatchedRegion) -> MatchedRegion:

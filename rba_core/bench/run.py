@@ -15,7 +15,7 @@ from .methods import METHODS, NEED_MODEL, Outcome
 
 PIXEL_METRICS = ("masked_psnr", "masked_ssim", "hp_ssim", "detail_ncc")
 MEASURES = (*PIXEL_METRICS, "iou", "box_iou", "soft_iou", "token_bound_iou", "outside_changed_pixels", "fell_back", "seconds")
-GROUPS = ("difficulty", "artifact", "weak")
+GROUPS = ("task", "difficulty", "artifact", "weak")
 HEADINGS = {
     "masked_psnr": "PSNR dB", "masked_ssim": "SSIM", "hp_ssim": "hp-SSIM", "detail_ncc": "NCC", "iou": "IoU", "box_iou": "box IoU",
     "soft_iou": "soft IoU", "token_bound_iou": "bound", "outside_changed_pixels": "changed", "fell_back": "fell back", "seconds": "s",

@@ -57,6 +57,71 @@ def test_single_stage_does_not_align(small_set, pipeline):
     assert pipeline.calls[0][0].single_stage
 
 
+@pytest.fixture
+def second_stage(monkeypatch):
+    """Keeps what the refinement is given: (guide's embedding, its mask, collage, strength)."""
+    given = []
+
+    def stub(model, crop, guide, *, collage, strength, seed):
+        given.append((guide.embedding, guide.mask, collage, strength))
+        return torch.full_like(crop.image, 0.5)
+
+    monkeypatch.setattr(methods.refinement, "refine", stub)
+    return given
+
+
+def test_the_oracle_redraws_from_the_true_region(small_set, model, second_stage):
+    item = BenchmarkSet(small_set)[0]
+    outcome = methods.oracle(item, model, 0)
+    (_, guide, collage, strength), = second_stage
+    assert metrics.iou(outcome.region.mask, item.correspondence) > 0.6
+    assert guide[item.correspondence > 0.5].mean() > 0.9 and guide.mean() < 4 * item.correspondence.mean()
+    assert collage is not None and strength == pytest.approx(model.config.collage_strength * (1 - collage.confidence))
+    assert metrics.outside_changed_pixels(outcome.image, item.image, item.mask) == 0
+    assert not torch.equal(outcome.image, item.image)
+
+
+def test_the_oracle_needs_a_correspondence(small_set, model):
+    item = BenchmarkSet(small_set)[0]
+    with pytest.raises(InputError, match="oracle needs M_gt, which x lacks"):
+        methods.oracle(methods.Item("x", item.task, {}, item.image, item.mask, item.reference), model, 0)
+
+
+def test_without_reference_nothing_of_it_is_used(small_set, model, second_stage):
+    item = BenchmarkSet(small_set)[0]
+    outcome = methods.no_reference(item, model, 0)
+    (embedding, _, collage, strength), = second_stage
+    assert not embedding.any() and collage is None and strength == 1
+    assert outcome.region is None and not outcome.fell_back
+
+
+class ColourEncoder:
+    """The small model's settings with tokens that are the patches' colours, centred: matching needs nothing learned."""
+
+    def __init__(self, model):
+        self.config, self.stride, self.encoder_size, self.embed = model.config, model.stride, 224, model.embed
+
+    def tokens(self, pictures):
+        return torch.nn.functional.avg_pool2d(pictures - 0.5, 14).flatten(2).mT
+
+
+def test_features_find_the_region_of_the_same_colour(model, second_stage):
+    image, reference = torch.full((3, 128, 128), 0.5), torch.full((3, 128, 128), 0.5)
+    mask, wanted = torch.zeros(128, 128), torch.zeros(128, 128)
+    image[:, ::2, ::3] += 0.1
+    image[0, 40:60, 50:70], mask[40:60, 50:70] = 1.0, 1
+    reference[1] = 0.8
+    reference[0, 80:104, 16:40], reference[1, 80:104, 16:40], wanted[80:104, 16:40] = 1.0, 0.5, 1
+    item = methods.Item("x", "customization", {}, image, mask, reference, correspondence=wanted)
+    outcome = methods.features(item, ColourEncoder(model), 0)
+    assert not outcome.fell_back and metrics.iou(outcome.region.mask, wanted) > 0.5
+    same = methods.Item("x", "customization", {}, image, mask, torch.full_like(reference, 0.7))
+    monochrome = pytest.MonkeyPatch()
+    monochrome.setattr(methods, "single_stage", lambda *arguments: methods.Outcome(image))
+    assert methods.features(same, ColourEncoder(model), 0).fell_back
+    monochrome.undo()
+
+
 def test_telea_fills_the_hole_and_nothing_else(small_set):
     pytest.importorskip("cv2")
     texture = torch.from_numpy(product_texture(np.random.default_rng(3), 192).copy()).permute(2, 0, 1)[:3].float() / 255
