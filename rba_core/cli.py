@@ -112,6 +112,40 @@ def bench_run(options) -> None:
         sheet.save(options.sheet)
 
 
+def bench_grid_search(options) -> None:
+    from .bench.grid_search import draw, grid_search, write_choice
+
+    try:
+        steps_of_t = [int(value) for value in options.steps_of_t.split(",")]
+    except ValueError as error:
+        raise InputError("timesteps", f"are {options.steps_of_t!r}", "give whole numbers with commas between") from error
+    folder = Path(options.out)
+    if folder.is_file():
+        raise InputError("out", f"{folder} is a file", "give a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _bar("grid search", "pass") as progress:
+        results = grid_search(options.set, _load(options), steps_of_t, options.limit, options.seed, progress)
+    (folder / "grid.json").write_text(json.dumps(results | {"model": Path(options.model).name}, indent=1) + "\n")
+    draw(results, folder)
+    best = results["best"]
+    print(f"{folder}  (t = {best['timestep']}, layer {best['layer']}: mean IoU {best['miou']:.3f} over {results['n']} items)")
+    if options.write:
+        print(write_choice(options.model, best))
+
+
+def bench_steps(options) -> None:
+    from .bench.steps import NEAR, compare_steps, steps_table
+
+    if options.json:
+        check_output(options.json, lossless=False)
+    with _bar("steps", "outcome") as progress:
+        results = compare_steps(options.set, _load(options), limit=options.limit, seed=options.seed, progress=progress)
+    print("\n".join(steps_table(results)))
+    print(f"\n{results['fewest']} steps stay within {NEAR:.0%} of the most in every metric")
+    if options.json:
+        Path(options.json).write_text(json.dumps(results | {"model": Path(options.model).name}, indent=1) + "\n")
+
+
 def report(options) -> None:
     from .bench.report import write_report
 
@@ -271,14 +305,28 @@ def parser() -> argparse.ArgumentParser:
 
     command = benches.add_parser("run", parents=[model], help="measure methods on a benchmark folder")
     command.add_argument("set", metavar="SET", help="folder with index.jsonl")
-    command.add_argument("--methods", default="none,telea,single-stage,refine", help="comma-separated (default: %(default)s)")
+    command.add_argument("--methods", default="none,telea,single-stage,refine", help="comma-separated; also oracle, features, paper and no-reference (default: %(default)s)")
     command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
     command.add_argument("--json", metavar="FILE", help="write all figures")
     command.add_argument("--sheet", metavar="FILE", help="write a contact sheet")
     command.set_defaults(command=bench_run)
 
-    command = commands.add_parser("report", help="write a Markdown page from files of bench run --json")
-    command.add_argument("results", nargs="+", metavar="JSON")
+    command = benches.add_parser("grid-search", parents=[model], help="find the timestep and layer to align with (Algorithm 1); use the validation split")
+    command.add_argument("set", metavar="SET", help="folder with index.jsonl; items need correspondence")
+    command.add_argument("--steps-of-t", default="0,6,12,18,24,30,36,42,48", metavar="T,T…", help="steps of 50, 0 = the noisiest (default: %(default)s)")
+    command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
+    command.add_argument("--out", required=True, metavar="DIR", help="grid.json, heat_map.png and curves.png go here")
+    command.add_argument("--write", action="store_true", help="make the best pair the model folder's default")
+    command.set_defaults(command=bench_grid_search)
+
+    command = benches.add_parser("steps", parents=[model], help="how many denoising steps are enough")
+    command.add_argument("set", metavar="SET", help="folder with index.jsonl; items need truth")
+    command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
+    command.add_argument("--json", metavar="FILE", help="write all figures")
+    command.set_defaults(command=bench_steps)
+
+    command = commands.add_parser("report", help="write a Markdown page from what bench run, grid-search and steps wrote")
+    command.add_argument("results", nargs="+", metavar="JSON", help="files, or folders with such files")
     command.add_argument("-o", "--output", required=True, metavar="FILE")
     command.set_defaults(command=report)
 

@@ -3,23 +3,50 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from ..errors import InputError
+from .grid_search import CURVES, HEAT_MAP
 from .run import HEADINGS, MEASURES, figure
+from .steps import NEAR, steps_table
 
 
 def write_report(sources: list[str | Path], target: str | Path) -> None:
-    """Write a page with a section for each JSON file of `rba bench run --json`."""
-    sections = ["# Results", "", f"Made by `rba report {' '.join(Path(s).name for s in sources)}` from the JSON files beside this page, each written by `rba bench run SET --json FILE`.", ""]
-    for source in sources:
+    """Write a page with a section for each JSON file of `rba bench run`, `grid-search` and `steps`; a folder stands
+    for all of them in it."""
+    named = " ".join(Path(source).name for source in sources)
+    lines = ["# Results", "", f"Made by `rba report {named}` from JSON files beside this page, each written by `rba bench run`, `grid-search` or `steps`.", ""]
+    for source in (path for given in sources for path in _files(Path(given))):
         try:
-            sections += section(json.loads(Path(source).read_text()))
+            results = json.loads(source.read_text())
+            lines += grid_section(results, _relative(source.parent, target)) if "gamma" in results else steps_section(results) if "steps" in results else section(results)
         except FileNotFoundError as error:
             raise InputError("results", f"{source} does not exist", "write it with rba bench run SET --json FILE") from error
         except (json.JSONDecodeError, KeyError) as error:
             raise InputError("results", f"{source} is not what rba bench writes ({error})", "write it with rba bench run SET --json FILE") from error
-    Path(target).write_text("\n".join(sections))
+    Path(target).write_text("\n".join(lines))
+
+
+def _files(given: Path) -> list[Path]:
+    return sorted(given.rglob("*.json")) if given.is_dir() else [given]
+
+
+def _relative(folder: Path, target: str | Path) -> str:
+    return Path(os.path.relpath(folder, Path(target).parent)).as_posix()
+
+
+def grid_section(results: dict, folder: str) -> list[str]:
+    """Algorithm 1; folder, where its pictures are as seen from the page."""
+    best = results["best"]
+    chosen = f"Mean IoU of the cleaned map over timestep and layer, {results['model']}: best {best['miou']:.3f} at t = {best['timestep']}, layer {best['layer']}."
+    pictures = [f"![Mean IoU over timestep and layer]({folder}/{HEAT_MAP})", "", f"![Mean IoU by layer and by timestep]({folder}/{CURVES})", ""]
+    return [f"## Grid search over t and l: {results['set']}, {results['n']} items", "", chosen, "", *pictures]
+
+
+def steps_section(results: dict) -> list[str]:
+    enough = f"{results['fewest']} steps stay within {NEAR:.0%} of the most in every metric ({results['model']})."
+    return [f"## Denoising steps: {results['set']}, {results['n']} items", "", *steps_table(results), "", enough, ""]
 
 
 def section(results: dict) -> list[str]:

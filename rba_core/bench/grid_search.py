@@ -1,0 +1,138 @@
+"""Which timestep and layer to align with (Algorithm 1): Γ, the mean IoU of M* with M_gt over t and l."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..alignment import SAMPLER_STEPS, cross_attentions
+from ..errors import InputError
+from ..model import PRETRAINED, RefineByAlign
+from ..postprocessing import clean
+from ..reference_encoding import EncodedReference, encode_reference
+from ..refinement import Progress
+from ..zoom_crop import ZoomCrop, zoom_crop
+from . import metrics
+from .dataset import BenchmarkSet
+
+STEPS_OF_T = (0, 6, 12, 18, 24, 30, 36, 42, 48)
+HEAT_MAP, CURVES = "heat_map.png", "curves.png"
+
+
+def grid_search(
+    set_folder: str | Path, model: RefineByAlign, steps_of_t: Sequence[int] = STEPS_OF_T, limit: int | None = None, seed: int = 0, progress: Progress | None = None
+) -> dict:
+    """Γ over the first `limit` items of a set (default: all) that have M_gt.
+
+    steps_of_t   values of t, steps of the 50-step sampler, 0 = the noisiest
+    progress     called with (U-Net passes done, passes in all)
+    returns      {"set", "n", "timesteps", "gamma": [T][L], "best": {"timestep", "layer", "miou"}}, ready for JSON.
+                 An item of which the map is empty or flat counts 0
+
+    Raises `InputError` for a t that there is not, and a set without M_gt.
+    """
+    if not steps_of_t:
+        raise InputError("timesteps", "are none", f"name some of 0 to {SAMPLER_STEPS - 1}")
+    if limit is not None and limit < 1:
+        raise InputError("limit", f"is {limit}", "use 1 or more")
+    items = BenchmarkSet(set_folder)
+    chosen = [place for place, line in enumerate(items.lines) if line.get("correspondence") is not None][:limit]
+    if not chosen:
+        raise InputError("set", f"{set_folder} has no item with correspondence", "give a set with M_gt, say one of `rba bench make`")
+    gamma = np.zeros((len(steps_of_t), len(cross_attentions(model.unet))))
+    done = 0
+    for place in chosen:
+        item = items[place]
+        whole = encode_reference(model, item.reference, torch.ones(item.reference.shape[-2:]) if item.reference_mask is None else item.reference_mask)
+        crop = zoom_crop(item.image, item.mask, model.config.image_size, context=model.config.alignment_context, multiple=model.stride)
+        for row, timestep in enumerate(steps_of_t):
+            for layer, raw in enumerate(align_everywhere(model, crop, whole, timestep, seed)):
+                gamma[row, layer] += _iou(raw, whole, item.correspondence) / len(chosen)
+            done += 1
+            if progress:
+                progress(done, len(chosen) * len(steps_of_t))
+    row, layer = divmod(int(gamma.argmax()), gamma.shape[1])
+    best = {"timestep": steps_of_t[row], "layer": layer, "miou": float(gamma[row, layer])}
+    return {"set": Path(set_folder).resolve().name, "n": len(chosen), "timesteps": list(steps_of_t), "gamma": gamma.tolist(), "best": best}
+
+
+@torch.no_grad()
+def align_everywhere(model: RefineByAlign, crop: ZoomCrop, reference: EncodedReference, timestep: int, seed: int = 0) -> list[Tensor]:
+    """M^(t,l) of every cross-attention layer l, `[N, N]` each, from one pass of the U-Net: what `align` gives for each."""
+    step = model.noise_step(timestep)
+    latents = model.encode_image(crop.image[None])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
+    sample = model.unet_input(model.add_noise(latents, noise, step), model.inpainting_condition(crop.image[None], crop.mask[None, None], seen=crop.image[None]))
+    maps = []
+
+    def read(attn, args: tuple, kwargs: dict) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        weights = F.adaptive_avg_pool2d(crop.mask[None, None], round(hidden.shape[1] ** 0.5)).flatten().to(hidden.device)
+        under_mask = weights > 0  # no other query counts in Eq. 5
+        q = attn.head_to_batch_dim(attn.to_q(hidden[:, under_mask]))
+        k = attn.head_to_batch_dim(attn.to_k(kwargs["encoder_hidden_states"]))
+        probabilities = (q.float() @ k.float().mT * attn.scale).softmax(-1).mean(0)
+        maps.append((weights[under_mask] @ probabilities / weights.sum()).view(reference.tokens, -1).cpu())
+
+    hooks = [layer.register_forward_pre_hook(read, with_kwargs=True) for layer in cross_attentions(model.unet)]
+    try:
+        model.unet(sample, step.to(sample.device), reference.embedding, **model.context_residuals(sample))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return maps
+
+
+def write_choice(model: str | Path, best: dict) -> Path:
+    """Make t* and l* the defaults of a model folder, or of a shipped model by its name; returns its config file."""
+    path = (PRETRAINED / model if (PRETRAINED / model).is_dir() else Path(model)) / "config.json"
+    config = json.loads(path.read_text()) | {"alignment_layer": best["layer"], "alignment_timestep": best["timestep"]}
+    partial = path.with_name(".config.json.partial")
+    partial.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def draw(results: dict, folder: Path) -> None:
+    """Γ as a heat map and the two curves of the paper's Fig. 4, as PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("pictures", "are drawn by matplotlib, which is not installed", 'pip install "refine-by-align[bench]"') from error
+    gamma, timesteps, best = np.array(results["gamma"]), results["timesteps"], results["best"]
+    row = timesteps.index(best["timestep"])
+    layers = range(gamma.shape[1])
+
+    figure = Figure(figsize=(7.5, 1.6 + 0.35 * len(timesteps)), layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(gamma, aspect="auto", cmap="viridis", vmin=0)
+    figure.colorbar(shown, label="mean IoU")
+    axes.plot(best["layer"], row, "s", markersize=16, markerfacecolor="none", markeredgecolor="red")
+    axes.set(xlabel="cross-attention layer l", ylabel="timestep t", xticks=layers, yticks=range(len(timesteps)), yticklabels=timesteps)
+    axes.set_title(f"{results['set']}, {results['n']} items: best t = {best['timestep']}, l = {best['layer']} ({best['miou']:.3f})")
+    figure.savefig(folder / HEAT_MAP, dpi=110)
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.bar(layers, gamma.mean(0))
+    left.set(xlabel="cross-attention layer l", ylabel="mean IoU, mean over t", xticks=layers)
+    left.tick_params(axis="x", labelsize=8)
+    right.plot(timesteps, gamma[:, best["layer"]], "o-", label=f"layer {best['layer']}")
+    right.plot(timesteps, gamma.mean(1), "o--", label="mean over layers")
+    right.set(xlabel="timestep t", ylabel="mean IoU", ylim=(0, None))
+    right.legend()
+    figure.savefig(folder / CURVES, dpi=110)
+
+
+def _iou(raw: Tensor, reference: EncodedReference, wanted: Tensor) -> float:
+    try:
+        return metrics.iou(clean(raw, reference).mask, wanted)
+    except InputError:
+        return 0.0
