@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import torch
+from comfy import model_management
 
-from ..rba_core.alignment import align
+from ..rba_core.alignment import attend, correspondence
+from ..rba_core.dense_correspondence import place
 from ..rba_core.errors import InputError
 from ..rba_core.geometry import Box, resize, resize_mask
-from ..rba_core.pipeline import Settings, grow, register
+from ..rba_core.pipeline import Settings, carried, check_mask, close_up, grow, register
 from ..rba_core.postprocessing import CleaningSettings, MatchedRegion, clean
 from ..rba_core.reference_encoding import encode_reference
 from ..rba_core.zoom_crop import ZoomCrop
 from .api import io
-from .types import CATEGORY, Model, Reference, boxes_in, boxes_out, delivered, encoded, image_of, masks, model_crop, on_device, pictures, plain, together
+from .types import CATEGORY, Attention, Model, Placement, Reference, boxes_in, boxes_out, delivered, encoded, image_of, masks, model_crop, on_device, pictures, plain, together
 
 SEED_MAX = 0xFFFFFFFFFFFFFFFF
 
@@ -128,21 +130,26 @@ class Align(io.ComfyNode):
                 noise_level_input(),
                 io.Int.Input("seed", default=0, min=0, max=SEED_MAX, control_after_generate=True, tooltip="Seed of the noise that is put on the crop while it is aligned."),
             ],
-            outputs=[io.Mask.Output("correspondence_map", tooltip="The raw map over the reference's 16 x 16 tokens, sum 1.")],
+            outputs=[
+                io.Mask.Output("correspondence_map", tooltip="The raw map over the reference's 16 x 16 tokens, sum 1."),
+                Attention.Output("attention", tooltip="Where each cell of the crop looks in the reference, for Post-process."),
+            ],
         )
 
     @classmethod
     def execute(cls, model, crop, crop_mask, encoded_reference, layer, timestep, noise_level, seed) -> io.NodeOutput:
         batch = together(crop=pictures(crop), crop_mask=masks(crop_mask, crop, "crop mask", "crop"), encoded_reference=encoded_reference)
         network = on_device(model)
-        maps = [
-            align(
-                network, model_crop(picture, mask, network), encoded(reference, network),
+        maps, attentions = [], []
+        for picture, mask, reference in batch:
+            cut = model_crop(picture, mask, network)
+            attention = attend(
+                network, cut, encoded(reference, network),
                 layer=none_below_zero(layer), timestep=none_below_zero(timestep), noise_level=none_below_zero(noise_level), seed=seed,
             )
-            for picture, mask, reference in batch
-        ]
-        return io.NodeOutput(delivered(maps))
+            maps.append(correspondence(attention, cut.mask))
+            attentions.append(attention.to(model_management.intermediate_device()))
+        return io.NodeOutput(delivered(maps), attentions)
 
 
 class PostProcess(io.ComfyNode):
@@ -160,32 +167,61 @@ class PostProcess(io.ComfyNode):
                 *cleaning_inputs(),
                 margin_input(),
                 on_flat_input(),
+                Attention.Input("attention", optional=True, tooltip="From Align. With it the region lies where the map that all cells agree on carries the mask; without it, or where they do not agree, the raw map decides."),
+                io.Mask.Input("crop_mask", optional=True, tooltip="White over the wrong part of the crop that was aligned, from Zoom-in Crop; needed with an attention."),
+                BoundingBoxSocket.Input("bounding_box", optional=True, tooltip="Where that crop stands in the image, from Zoom-in Crop; needed with an attention.", extra_dict={"forceInput": True}),
+                io.Mask.Input("matched_region", optional=True, tooltip="For a close-up: the region that the Post-process before found. It stays where the cells of the close-up do not agree."),
+                Placement.Input("placement", optional=True, tooltip="For a close-up: the placement that the Post-process before found."),
             ],
             outputs=[
                 io.Mask.Output("matched_region", tooltip="What corresponds to the masked part, at the reference's size."),
                 io.Mask.Output("guide_mask", tooltip="The same widened by margin, within the object: the mask for the Encode Reference that guides Refine Crop."),
                 io.BoundingBox.Output("bounding_box", tooltip="The box around the matched region, in pixels of the reference."),
+                io.Mask.Output("close_up", tooltip="The object in the region's surroundings: the mask for an Encode Reference, to align with once more."),
+                Placement.Output("placement", tooltip="The map that all cells agree on, if they do: where Register starts."),
             ],
         )
 
     @classmethod
-    def execute(cls, correspondence_map, encoded_reference, threshold, peak_support, flatness, margin, on_flat) -> io.NodeOutput:
+    def execute(
+        cls, correspondence_map, encoded_reference, threshold, peak_support, flatness, margin, on_flat,
+        attention=None, crop_mask=None, bounding_box=None, matched_region=None, placement=None,
+    ) -> io.NodeOutput:
+        if attention is not None and (crop_mask is None or bounding_box is None):
+            raise InputError("crop mask" if crop_mask is None else "bounding box", "is not connected", "with an attention, connect crop mask and bounding box of Zoom-in Crop too")
+        batch = together(
+            correspondence_map=correspondence_map, encoded_reference=encoded_reference, attention=attention or [None],
+            crop_mask=[None] if crop_mask is None else crop_mask.reshape(-1, *crop_mask.shape[-2:]).cpu().float(),
+            bounding_box=[None] if bounding_box is None else boxes_in(bounding_box),
+            matched_region=[None] if matched_region is None else matched_region.reshape(-1, *matched_region.shape[-2:]).cpu().float(),
+            placement=placement or [None],
+        )
         settings = CleaningSettings(threshold, peak_support, flatness)
-        regions, guides, boxes = [], [], []
-        for raw, reference in together(correspondence_map=correspondence_map, encoded_reference=encoded_reference):
-            whole = encoded(reference)
+        regions, guides, boxes, close_ups, placements = [], [], [], [], []
+        for raw, reference, rows, hole, box, before, placed in batch:
+            whole, region = encoded(reference), None
             if raw.shape != (whole.tokens, whole.tokens):
                 raise InputError("correspondence map", f"is {raw.shape[1]} x {raw.shape[0]}, not {whole.tokens} x {whole.tokens}", "connect the raw map of Align")
+            if rows is not None:
+                check_mask("crop mask", hole, "crop", hole)
+                crop = ZoomCrop(hole.expand(3, -1, -1), (hole > 0.5).float(), box)  # of the picture nothing is asked
+                region = carried(crop.mask, place(rows, crop, whole.box), whole.mask)
+            if region is None and before is not None:
+                check_mask("matched region", before, "reference", whole.mask)
+                before = (before > 0.5).float()
+                region = MatchedRegion(before, Box.around(before), before, placed)
             try:
-                region = clean(raw.cpu().float(), whole, settings)
-                found = region.mask, grow(region, margin) * whole.mask, region.box
+                region = region or clean(raw.cpu().float(), whole, settings)
             except InputError:
                 if on_flat == "error":
                     raise
-                found = whole.mask, whole.mask, Box.around(whole.mask)
-            for results, result in zip((regions, guides, boxes), found):
-                results.append(result)
-        return io.NodeOutput(delivered(regions), delivered(guides), boxes_out(boxes))
+                region = MatchedRegion(whole.mask, Box.around(whole.mask), whole.mask)
+            regions.append(region.mask)
+            guides.append(grow(region, margin) * whole.mask)
+            boxes.append(region.box)
+            close_ups.append(close_up(region, whole.mask))
+            placements.append(region.placement)
+        return io.NodeOutput(delivered(regions), delivered(guides), boxes_out(boxes), delivered(close_ups), placements)
 
 
 class Register(io.ComfyNode):
@@ -204,9 +240,10 @@ class Register(io.ComfyNode):
                 io.Image.Input("image", tooltip="The image that the crop was cut from."),
                 io.Image.Input("reference", tooltip="The photo of the object, at its full size."),
                 io.Mask.Input("reference_mask", optional=True, tooltip="White over the object in the reference. Without it the whole picture counts as the object."),
-                io.Mask.Input("matched_region", tooltip="Where the search begins, from Post-process. A region that is all of the object is not registered."),
+                io.Mask.Input("matched_region", tooltip="Where the search begins, from Post-process. All of the object, without a placement, is not registered."),
                 min_confidence_input(),
                 margin_input(),
+                Placement.Input("placement", optional=True, tooltip="From Post-process: where the reference may lie, tried first."),
             ],
             outputs=[
                 io.Image.Output("collage", tooltip="The reference as it lies over the crop, at the crop's own resolution; that of the largest crop in a batch. For Refine Crop and Stitch."),
@@ -218,18 +255,19 @@ class Register(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, crop, crop_mask, bounding_box, image, reference, matched_region, min_confidence, margin, reference_mask=None) -> io.NodeOutput:
+    def execute(cls, crop, crop_mask, bounding_box, image, reference, matched_region, min_confidence, margin, reference_mask=None, placement=None) -> io.NodeOutput:
         object_mask = torch.ones(reference.shape[:3]) if reference_mask is None else masks(reference_mask, reference, "reference mask", "reference")
         batch = together(
             crop=pictures(crop), crop_mask=masks(crop_mask, crop, "crop mask", "crop"), bounding_box=boxes_in(bounding_box), image=pictures(image),
             reference=pictures(reference), reference_mask=object_mask, matched_region=masks(matched_region, reference, "matched region", "reference"),
+            placement=placement or [None],
         )
         settings = Settings(min_confidence=min_confidence)
         laid, shown, regions, guides, confidences = [], [], [], [], []
-        for cut, hole, box, whole, photo, thing, found in batch:
+        for cut, hole, box, whole, photo, thing, found, start in batch:
             thing, found, collage = (thing > 0.5).float(), (found > 0.5).float(), None
-            region = MatchedRegion(found, Box.around(found), found)
-            if not torch.equal(found, thing):  # all of it: alignment found nothing
+            region = MatchedRegion(found, Box.around(found), found, start)
+            if start is not None or not torch.equal(found, thing):  # all of it, and no placement: alignment found nothing
                 region, collage = register(ZoomCrop(cut, (hole > 0.5).float(), box), photo, thing, region, whole, settings)
             laid.append(torch.zeros(3, box.height, box.width) if collage is None else collage.picture)
             shown.append(torch.zeros(box.height, box.width) if collage is None else collage.valid)

@@ -221,6 +221,8 @@ class RefineByAlign(io.ComfyNode):
                 context_input("alignment_context", "crop that is aligned"),
                 context_input("context", "crop that is redrawn"),
                 *stitching_inputs(),
+                io.Boolean.Input("dense", default=Settings().dense, advanced=True, tooltip="Find the region by what the attention of the whole crop agrees on. Off: by that of the masked part alone, as in the paper."),
+                io.Int.Input("levels", default=Settings().levels, min=1, max=3, advanced=True, tooltip="Passes of the alignment, each closer to the region that the one before found. 1: as in the paper."),
             ],
             outputs=[
                 io.Image.Output("refined", tooltip="The image with the masked part replaced."),
@@ -232,7 +234,7 @@ class RefineByAlign(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, image, mask, reference, seed, steps, guidance, scheduler, detail_transfer, on_flat, single_stage, one_crop, layer, timestep, noise_level,
-        threshold, peak_support, flatness, register, min_confidence, strength, margin, alignment_context, context, feather, colour_match, reference_mask=None,
+        threshold, peak_support, flatness, register, min_confidence, strength, margin, alignment_context, context, feather, colour_match, dense, levels, reference_mask=None,
     ) -> io.NodeOutput:
         reference_mask = torch.ones(reference.shape[:3]) if reference_mask is None else masks(reference_mask, reference, "reference mask", "reference")
         batch = together(image=image, mask=masks(mask, image), reference=pictures(reference), reference_mask=reference_mask)
@@ -240,7 +242,7 @@ class RefineByAlign(io.ComfyNode):
             single_stage=single_stage, on_flat=on_flat, one_crop=one_crop,
             layer=none_below_zero(layer), timestep=none_below_zero(timestep), noise_level=none_below_zero(noise_level),
             cleaning=CleaningSettings(threshold, peak_support, flatness), alignment_context=alignment_context or None,
-            register=register, min_confidence=min_confidence, strength=none_below_zero(strength), detail_transfer=detail_transfer, region_margin=margin,
+            dense=dense, levels=levels, register=register, min_confidence=min_confidence, strength=none_below_zero(strength), detail_transfer=detail_transfer, region_margin=margin,
             steps=steps or None, guidance=guidance or None, scheduler=None if scheduler == "default" else scheduler,
             context=context or None, feather=feather, colour_match=colour_match,
         )

@@ -29,6 +29,12 @@ Model = io.Custom("RBA_MODEL")
 Reference = io.Custom("RBA_REFERENCE")
 """A list, one a picture of the batch, of `{"embedding": [1, N², C], "box": {x, y, width, height}, "mask": [H, W]}`."""
 
+Attention = io.Custom("RBA_ATTENTION")
+"""A list, one a picture of the batch, of `[d², N²]`: where each cell of a crop looks in a reference."""
+
+Placement = io.Custom("RBA_PLACEMENT")
+"""A list, one a picture of the batch, of the library's `Placement`, or `None` where the cells agreed on none."""
+
 
 class RefineByAlignModel(torch.nn.Module):
     """What `ModelPatcher` holds: it writes `model.device`, which `RefineByAlign` computes."""

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from rba_core.alignment import align
+from rba_core.alignment import align, attend
+from rba_core.dense_correspondence import Placement, place
 from rba_core.geometry import Box
-from rba_core.pipeline import Settings, grow, register
+from rba_core.pipeline import Settings, carried, close_up, grow, register
 from rba_core.postprocessing import MatchedRegion, clean
 from rba_core.reference_encoding import encode_reference
 from rba_core.zoom_crop import zoom_crop
@@ -18,6 +19,33 @@ def peaked_map():
     raw = torch.full((1, 16, 16), 0.001)
     raw[0, 5:8, 8:11] = 0.08
     return raw / raw.sum()
+
+
+def agreeing(shift=0.0):
+    """`[64, 256]`: 8 x 8 cells that look at the middle half of the reference, as they lie in the crop."""
+    axis = ((torch.arange(8) + 0.5) / 8 * 2 - 1) / 2 + shift
+    token = ((axis + 1) / 2 * 16).long().clamp(0, 15)
+    rows = torch.full((64, 256), 1e-4)
+    rows[torch.arange(64), (token[:, None] * 16 + token).flatten()] = 1
+    return rows / rows.sum(1, keepdim=True)
+
+
+@pytest.fixture
+def zoomed(nodes, loaded, inputs):
+    """The crop to align: (crop, its mask, its box)."""
+    return nodes.refinement.ZoomCrop.execute(loaded, inputs["image"], inputs["mask"], "alignment", 0.0).args
+
+
+@pytest.fixture
+def post_process(nodes, whole, zoomed, defaults):
+    """`post_process(raw, **changes)`: (region, guide mask, box, close-up, placement)."""
+    node = nodes.alignment.PostProcess
+
+    def run(raw, **changes):
+        looking = {"crop_mask": zoomed[1], "bounding_box": zoomed[2]} if "attention" in changes else {}
+        return node.execute(raw, **({"encoded_reference": whole} | defaults(node) | looking | changes)).args
+
+    return run
 
 
 def test_encode_is_the_library_s(nodes, loaded, model, scene, whole):
@@ -36,18 +64,16 @@ def test_one_picture_with_several_masks(nodes, loaded, inputs):
     assert len(encoded) == 2 and encoded[0]["box"] != encoded[1]["box"]
 
 
-def test_align_is_the_library_s(nodes, loaded, model, scene, inputs, whole, defaults):
-    crop, crop_mask, _ = nodes.refinement.ZoomCrop.execute(loaded, inputs["image"], inputs["mask"], "alignment", 0.0).args
-    (raw,) = nodes.alignment.Align.execute(loaded, crop, crop_mask, whole, **defaults(nodes.alignment.Align, seed=3)).args
-    expected = align(model, zoom_crop(scene.image, scene.mask, 64, context=model.config.alignment_context), encode_reference(model, scene.reference, scene.reference_mask), seed=3)
-    assert raw.shape == (1, 16, 16) and torch.equal(raw[0], expected)
+def test_align_is_the_library_s(nodes, loaded, model, scene, whole, zoomed, defaults):
+    raw, attention = nodes.alignment.Align.execute(loaded, *zoomed[:2], whole, **defaults(nodes.alignment.Align, seed=3)).args
+    given = model, zoom_crop(scene.image, scene.mask, 64, context=model.config.alignment_context), encode_reference(model, scene.reference, scene.reference_mask)
+    assert raw.shape == (1, 16, 16) and torch.equal(raw[0], align(*given, seed=3))
+    assert len(attention) == 1 and torch.equal(attention[0], attend(*given, seed=3))
 
 
-def test_align_settings_reach_the_library(nodes, loaded, inputs, whole, defaults):
-    crop, crop_mask, _ = nodes.refinement.ZoomCrop.execute(loaded, inputs["image"], inputs["mask"], "alignment", 0.0).args
-
+def test_align_settings_reach_the_library(nodes, loaded, whole, zoomed, defaults):
     def raw(**changes):
-        return nodes.alignment.Align.execute(loaded, crop, crop_mask, whole, **defaults(nodes.alignment.Align, **changes))[0]
+        return nodes.alignment.Align.execute(loaded, *zoomed[:2], whole, **defaults(nodes.alignment.Align, **changes))[0]
 
     as_it_is = raw()
     for change in ({"layer": 5}, {"timestep": 40}, {"noise_level": 0.1}, {"seed": 1}):
@@ -55,32 +81,80 @@ def test_align_settings_reach_the_library(nodes, loaded, inputs, whole, defaults
     assert torch.equal(raw(layer=9), as_it_is) and torch.equal(raw(timestep=0), as_it_is)
 
 
-def test_post_process_is_the_library_s(nodes, model, scene, whole, defaults):
-    region, guide, box = nodes.alignment.PostProcess.execute(peaked_map(), whole, **defaults(nodes.alignment.PostProcess)).args
+def test_post_process_is_the_library_s(post_process, model, scene):
+    region, guide, box, near, placement = post_process(peaked_map())
     expected = clean(peaked_map()[0], encode_reference(model, scene.reference, scene.reference_mask))
     assert torch.equal(region[0], expected.mask)
     assert torch.equal(guide[0], grow(expected, 0.12) * scene.reference_mask) and guide.sum() > region.sum()
     assert box == {"x": expected.box.x, "y": expected.box.y, "width": expected.box.width, "height": expected.box.height}
+    assert torch.equal(near[0], close_up(expected, scene.reference_mask)) and region.sum() < near.sum() < scene.reference_mask.sum()
+    assert placement == [None]
 
 
-def test_flat_map(nodes, scene, whole, defaults):
+def test_the_region_is_where_all_cells_agree_that_it_is(post_process, model, scene):
+    region, guide, box, near, (placement,) = post_process(peaked_map(), attention=[agreeing()])
+    crop = zoom_crop(scene.image, scene.mask, 64, context=model.config.alignment_context)
+    whole = encode_reference(model, scene.reference, scene.reference_mask)
+    expected = carried(crop.mask, place(agreeing(), crop, whole.box), whole.mask)
+    assert expected is not None and torch.equal(region[0], expected.mask) and not torch.equal(region, post_process(peaked_map())[0])
+    assert torch.equal(guide[0], grow(expected, 0.12) * scene.reference_mask) and box["x"] == expected.box.x
+    assert torch.equal(near[0], close_up(expected, scene.reference_mask))
+    assert torch.equal(placement.affine, expected.placement.affine) and placement.agreement == expected.placement.agreement > 0.5
+    assert (placement.box.x, placement.box.width) == (crop.box.x, crop.box.width)
+
+
+def test_where_cells_do_not_agree_the_raw_map_decides(post_process):
+    alone = post_process(peaked_map())
+    region, guide, box, _, placement = post_process(peaked_map(), attention=[torch.full((64, 256), 1 / 256)])
+    assert torch.equal(region, alone[0]) and torch.equal(guide, alone[1]) and box == alone[2] and placement == [None]
+
+
+def test_where_cells_of_a_close_up_do_not_agree_the_region_stays(post_process, scene):
+    found = torch.zeros(1, 81, 101)
+    found[:, 20:40, 30:60] = 1
+    before = {"matched_region": found, "placement": ["the map found before"]}
+    flat, unsure = torch.full((1, 16, 16), 1 / 256), torch.full((64, 256), 1 / 256)
+    region, _, box, near, placement = post_process(flat, attention=[unsure], **before)
+    assert torch.equal(region, found) and placement == ["the map found before"]
+    assert box == {"x": 30, "y": 20, "width": 30, "height": 20} and near.sum() > found.sum()
+    region, _, _, _, (placement,) = post_process(flat, attention=[agreeing()], **before)
+    assert torch.equal(region, post_process(flat, attention=[agreeing()])[0]) and placement.agreement > 0.5
+    with pytest.raises(ValueError, match="^matched region: is 64 x 64, its reference 101 x 81"):
+        post_process(flat, matched_region=torch.ones(1, 64, 64))
+
+
+def test_an_attention_needs_the_crop_s_mask_and_box(post_process):
+    for missing in ("crop mask", "bounding box"):
+        with pytest.raises(ValueError, match=f"^{missing}: is not connected; with an attention, connect crop mask and bounding box of Zoom-in Crop too$"):
+            post_process(peaked_map(), attention=[agreeing()], **{missing.replace(" ", "_"): None})
+    with pytest.raises(ValueError, match="^crop mask: is empty"):
+        post_process(peaked_map(), attention=[agreeing()], crop_mask=torch.zeros(1, 64, 64))
+
+
+def test_flat_map(post_process, scene):
     flat = torch.full((1, 16, 16), 1 / 256)
     with pytest.raises(ValueError, match="^alignment: gave a flat map"):
-        nodes.alignment.PostProcess.execute(flat, whole, **defaults(nodes.alignment.PostProcess))
-    region, guide, box = nodes.alignment.PostProcess.execute(flat, whole, **defaults(nodes.alignment.PostProcess, on_flat="single-stage")).args
-    assert torch.equal(region[0], scene.reference_mask) and torch.equal(guide, region)
-    assert box == {"x": 10, "y": 4, "width": 85, "height": 73}
+        post_process(flat)
+    region, guide, box, near, placement = post_process(flat, on_flat="single-stage")
+    assert torch.equal(region[0], scene.reference_mask) and torch.equal(guide, region) and torch.equal(near, region)
+    assert box == {"x": 10, "y": 4, "width": 85, "height": 73} and placement == [None]
 
 
-def test_batch_of_maps_with_one_reference(nodes, whole, defaults):
+def test_batch_of_maps_with_one_reference(post_process):
     raw = torch.cat([peaked_map(), peaked_map().flip(-1)])
-    region, _, boxes = nodes.alignment.PostProcess.execute(raw, whole, **defaults(nodes.alignment.PostProcess)).args
-    assert len(region) == 2 and [len(of_one) for of_one in boxes] == [1, 1] and boxes[0] != boxes[1]
+    region, _, boxes, near, placements = post_process(raw)
+    assert len(region) == len(near) == 2 and [len(of_one) for of_one in boxes] == [1, 1] and boxes[0] != boxes[1] and placements == [None, None]
+    unsure = torch.full((64, 256), 1 / 256)
+    region, _, _, _, placements = post_process(raw, attention=[agreeing(), unsure])
+    assert torch.equal(region[:1], post_process(peaked_map(), attention=[agreeing()])[0]) and placements[1] is None
+    assert torch.equal(region[1:], post_process(raw[1:])[0])
+    with pytest.raises(ValueError, match="^correspondence map: has 2 in its batch, attention has 3"):
+        post_process(raw, attention=[unsure] * 3)
 
 
-def test_a_region_is_not_a_raw_map(nodes, inputs, whole, defaults):
+def test_a_region_is_not_a_raw_map(post_process, inputs):
     with pytest.raises(ValueError, match="^correspondence map: is 101 x 81, not 16 x 16; connect the raw map of Align$"):
-        nodes.alignment.PostProcess.execute(inputs["reference_mask"], whole, **defaults(nodes.alignment.PostProcess))
+        post_process(inputs["reference_mask"])
 
 
 @pytest.fixture
@@ -126,3 +200,24 @@ def test_crops_of_several_sizes_give_collages_of_the_largest(registered, same_pr
     alone = registered()
     assert torch.equal(collage[:1], alone[0]) and torch.equal(shown[:1], alone[1]) and torch.equal(matched[:1], alone[2])
     assert shown[1].any() and confidence <= alone[4] and matched[1].sum() < matched[0].sum()
+
+
+def test_register_starts_from_the_placement(registered, same_product, nodes):
+    """A region so far off that the search does not find the product; the placement, found over another crop, lies on it."""
+    image = same_product["image"][0].movedim(-1, 0).contiguous()
+    wide, near = (zoom_crop(image, same_product["mask"][0], 64, context=context).box for context in (3.0, 2.0))
+    affine = torch.tensor([[wide.width / 2, 0, wide.x + wide.width / 2], [0, wide.height / 2, wide.y + wide.height / 2]])  # the picture itself
+    assert wide != near
+    astray = torch.zeros(1, 96, 130)
+    astray[:, 2:10, 2:10] = 1
+    assert registered(matched_region=astray)[4] == 0
+    found = registered(matched_region=astray, placement=[Placement(affine, wide, 0.9)])
+    assert found[4] > 0.8 and torch.equal(found[2], registered()[2])
+
+
+def test_all_of_the_object_is_registered_where_a_placement_says_so(registered, same_product):
+    product = torch.ones(1, 96, 130)
+    box = zoom_crop(same_product["image"][0].movedim(-1, 0).contiguous(), same_product["mask"][0], 64, context=2.0).box
+    affine = torch.tensor([[box.width / 2, 0, box.x + box.width / 2], [0, box.height / 2, box.y + box.height / 2]])
+    assert registered(matched_region=product)[4] == 0
+    assert registered(matched_region=product, placement=[Placement(affine, box, 0.9)])[4] > 0.6

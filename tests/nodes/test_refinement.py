@@ -57,19 +57,27 @@ def test_all_in_one_is_the_library_s(run, model, scene):
     assert torch.equal(region[0], expected.regions[0].mask)
 
 
-def by_steps(nodes, loaded, inputs, defaults, raw_or_region=None, steps=2, **register):
-    """The nodes one by one: (refined, matched region, confidence)."""
+def aligned(nodes, loaded, inputs, defaults, levels=2, dense=True):
+    """Stage one, node by node, coarse to fine: (matched region, placement)."""
     one, two = nodes.alignment, nodes.refinement
-    picture, mask, reference, object_mask = (inputs[name] for name in ("image", "mask", "reference", "reference_mask"))
-    region = raw_or_region
-    if region is None:
-        whole = one.EncodeReference.execute(loaded, reference, object_mask)[0]
-        crop, crop_mask, _ = two.ZoomCrop.execute(loaded, picture, mask, "alignment", 0.0).args
-        raw = one.Align.execute(loaded, crop, crop_mask, whole, **defaults(one.Align))[0]
-        region = one.PostProcess.execute(raw, whole, **defaults(one.PostProcess))[0]
+    seen, before = inputs["reference_mask"], {}
+    for purpose in ["alignment", *["refinement"] * (levels - 1)]:
+        reference = one.EncodeReference.execute(loaded, inputs["reference"], seen)[0]
+        crop, crop_mask, box = two.ZoomCrop.execute(loaded, inputs["image"], inputs["mask"], purpose, 0.0).args
+        raw, attention = one.Align.execute(loaded, crop, crop_mask, reference, **defaults(one.Align)).args
+        looking = {"attention": attention, "crop_mask": crop_mask, "bounding_box": box} if dense else {}
+        region, _, _, seen, placement = one.PostProcess.execute(raw, reference, **defaults(one.PostProcess), **looking, **before).args
+        before = {"matched_region": region, "placement": placement}
+    return region, placement
+
+
+def refined(nodes, loaded, inputs, defaults, region, placement=None, steps=2):
+    """Stage two, node by node: (refined, matched region, confidence)."""
+    one, two = nodes.alignment, nodes.refinement
+    picture, mask, reference = (inputs[name] for name in ("image", "mask", "reference"))
     crop, crop_mask, box = two.ZoomCrop.execute(loaded, picture, mask, "refinement", 0.0).args
     collage, collage_mask, region, guide, confidence = one.Register.execute(
-        crop, crop_mask, box, picture, reference, region, reference_mask=object_mask, **defaults(one.Register, **register)
+        crop, crop_mask, box, picture, reference, region, reference_mask=inputs["reference_mask"], placement=placement, **defaults(one.Register)
     ).args
     laid = {"collage": collage, "collage_mask": collage_mask}
     matched = one.EncodeReference.execute(loaded, reference, guide)[0]
@@ -78,9 +86,14 @@ def by_steps(nodes, loaded, inputs, defaults, raw_or_region=None, steps=2, **reg
     return stitched, region, confidence
 
 
-def test_step_by_step_is_the_same_as_all_in_one(nodes, loaded, run, inputs, defaults):
-    image, found = run()
-    stitched, region, confidence = by_steps(nodes, loaded, inputs, defaults)
+@pytest.mark.parametrize("min_agreement", [-1.0, 1.1], ids=["cells agree", "cells do not agree"])
+@pytest.mark.parametrize("options", [{}, {"levels": 1}, {"dense": False}, {"dense": False, "levels": 1}], ids=str)
+def test_step_by_step_is_the_same_as_all_in_one(nodes, loaded, run, inputs, defaults, monkeypatch, options, min_agreement):
+    monkeypatch.setattr(sys.modules[nodes.refinement.refine_by_align.__module__], "MIN_AGREEMENT", min_agreement)
+    image, found = run(**options)
+    region, placement = aligned(nodes, loaded, inputs, defaults, **options)
+    assert (placement[0] is not None) == (min_agreement < 0 and "dense" not in options)
+    stitched, region, confidence = refined(nodes, loaded, inputs, defaults, region, placement)
     assert torch.equal(found, region) and torch.equal(image, stitched) and confidence == 0
 
 
@@ -90,7 +103,7 @@ def test_step_by_step_is_the_same_where_it_is_registered(nodes, make_model, run_
     model = make_model(6, "v_prediction", collage=True) if reads_collage else make_model()
     loaded = comfy_stand_in.ModelPatcher(nodes.types.RefineByAlignModel(model), cpu, cpu)
     image, found, confidence = run_registered(model=loaded, steps=3)
-    stitched, region, same_confidence = by_steps(nodes, loaded, same_product, defaults, same_product["matched_region"], steps=3)
+    stitched, region, same_confidence = refined(nodes, loaded, same_product, defaults, same_product["matched_region"], steps=3)
     assert confidence == same_confidence > 0.8
     assert torch.equal(found, region) and torch.equal(image, stitched)
     assert not torch.equal(region, same_product["matched_region"])
@@ -145,14 +158,18 @@ def test_collage_of_another_form_is_refused(nodes):
         nodes.types.collages(torch.rand(1, 40, 40, 3), torch.zeros(1, 64, 64))
 
 
-def test_settings_reach_the_library(run):
-    image, region = run()
+def test_settings_reach_the_library(nodes, run, monkeypatch):
+    paper = {"dense": False, "levels": 1}
+    image, region = run(**paper)
     for change in ({"seed": 1}, {"steps": 3}, {"guidance": 4.0}, {"scheduler": "euler"}, {"margin": 0.6}, {"context": 4.0}, {"feather": 0.0}, {"colour_match": False}):
-        changed, same_region = run(**change)
+        changed, same_region = run(**change, **paper)
         assert not torch.equal(changed, image), change
         assert "seed" in change or torch.equal(same_region, region), change
     for change in ({"layer": 5}, {"timestep": 45}, {"noise_level": 0.05}, {"threshold": 0.9}, {"alignment_context": 1.5}):
-        assert not torch.equal(run(**change, on_flat="single-stage")[1], region), change
+        assert not torch.equal(run(**change, **paper, on_flat="single-stage")[1], region), change
+    monkeypatch.setattr(sys.modules[nodes.refinement.refine_by_align.__module__], "MIN_AGREEMENT", -1.0)
+    once, twice = run(levels=1)[1], run()[1]
+    assert not torch.equal(once, region) and not torch.equal(twice, once) and torch.equal(run(dense=False)[1], region)
 
 
 def test_single_stage_matches_the_whole_object(run, inputs):
@@ -161,7 +178,7 @@ def test_single_stage_matches_the_whole_object(run, inputs):
 
 def test_flat_map(run):
     with pytest.raises(ValueError, match="^alignment: gave a flat map"):
-        run(flatness=20.0, layer=5)
+        run(flatness=20.0, layer=5, dense=False)
 
 
 def test_alpha_and_overshoot_outside_the_mask_stay(run, inputs):
