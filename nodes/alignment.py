@@ -159,7 +159,7 @@ class PostProcess(io.ComfyNode):
             node_id="RBA_PostProcess",
             display_name="Post-process Correspondence",
             category=CATEGORY,
-            description="Turns the raw map of Align into the matched region of the reference: removes border noise, thresholds, keeps the largest blob.",
+            description="Turns what Align saw into the matched region of the reference: the mask carried over by the map that all cells agree on; else the raw map without border noise, its largest blob.",
             search_aliases=["rba post-process", "matched region", "clean correspondence map", "largest blob"],
             inputs=[
                 io.Mask.Input("correspondence_map", tooltip="The raw map, from Align."),
