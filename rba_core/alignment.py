@@ -38,28 +38,16 @@ class _Reached(Exception):
         self.attention = attention
 
 
-def attention_at(
-    unet: UNet2DConditionModel, layer: int, queries: Tensor, sample: Tensor, timestep: Tensor, context: Tensor, **residuals
-) -> Tensor:
-    """A = softmax(q kᵀ / sqrt(d)) of one layer, mean over heads, for some queries only.
-
-    queries   weights `[h, w]` at any resolution, resized to the layer's grid; cells of weight 0 are not computed
-    returns   `[Q, N²]` and the queries' weights `[Q]`, joined as `[Q, N² + 1]`
-    """
+def attention_at(unet: UNet2DConditionModel, layer: int, sample: Tensor, timestep: Tensor, context: Tensor, **residuals) -> Tensor:
+    """A = softmax(q kᵀ / sqrt(d)) of one layer, mean over heads, `[d², N²]`. Nothing after the layer runs."""
     layers = cross_attentions(unet)
     if not 0 <= layer < len(layers):
         raise InputError("layer", f"is {layer}", f"this model has cross-attention layers 0 to {len(layers) - 1}")
 
     def read(attn: Attention, args: tuple, kwargs: dict) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        height, width = sample.shape[-2:]
-        shrink = round((height * width / hidden.shape[1]) ** 0.5)
-        weights = F.adaptive_avg_pool2d(queries[None, None].float(), (height // shrink, width // shrink)).flatten().to(hidden.device)
-        chosen = weights > 0
-        q = attn.head_to_batch_dim(attn.to_q(hidden[:, chosen]))
+        q = attn.head_to_batch_dim(attn.to_q(args[0] if args else kwargs["hidden_states"]))
         k = attn.head_to_batch_dim(attn.to_k(kwargs["encoder_hidden_states"]))
-        probabilities = (q.float() @ k.float().mT * attn.scale).softmax(-1).mean(0)
-        raise _Reached(torch.cat([probabilities, weights[chosen, None]], -1))
+        raise _Reached((q.float() @ k.float().mT * attn.scale).softmax(-1).mean(0))
 
     handle = layers[layer].register_forward_pre_hook(read, with_kwargs=True)
     try:
@@ -71,16 +59,16 @@ def attention_at(
     raise RuntimeError(f"cross-attention layer {layer} did not run")
 
 
-def correspondence(attention: Tensor) -> Tensor:
-    """Eq. 5: M^(t,l) = sum_ij M_a[i,j] A[i,j,:], normalised to sum 1, as `[N, N]`."""
-    rows, weights = attention[:, :-1], attention[:, -1:]
-    summed = (rows * weights).sum(0) / weights.sum()
+def correspondence(attention: Tensor, mask: Tensor) -> Tensor:
+    """Eq. 5: M^(t,l) = sum_ij M_a[i,j] A[i,j,:], normalised to sum 1, as `[N, N]`; M_a `[S, S]` resized to d x d."""
+    weights = F.adaptive_avg_pool2d(mask[None, None].float(), round(len(attention) ** 0.5)).flatten().to(attention)
+    summed = weights @ attention / weights.sum()
     side = round(len(summed) ** 0.5)
     return summed.view(side, side).cpu()
 
 
 @torch.no_grad()
-def align(
+def attend(
     model,
     crop: ZoomCrop,
     reference: EncodedReference,
@@ -90,10 +78,10 @@ def align(
     noise_level: float | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """The raw correspondence map M^(t,l) over the reference's tokens, `[N, N]`, sum 1.
+    """Where each of the crop's d x d cells looks in the reference, `[d², N²]`, rows of sum 1.
 
-    layer         cross-attention layer by execution, 0-15; default: the model's (9)
-    timestep      t, a step of the 50-step sampler, 0 = the noisiest; default: the model's (0)
+    layer         cross-attention layer by execution, 0-15; default: the model's
+    timestep      t, a step of the 50-step sampler, 0 = the noisiest; default: the model's
     noise_level   instead of t: the standard deviation of the noise in z_t, sqrt(1 - alpha_bar), 0 to 1
     """
     layer = model.config.alignment_layer if layer is None else layer
@@ -104,4 +92,9 @@ def align(
     noisy = model.add_noise(latents, noise, step)
     sample = model.unet_input(noisy, model.inpainting_condition(crop.image[None], crop.mask[None, None], seen=crop.image[None]))
     residuals = model.context_residuals(sample)
-    return correspondence(attention_at(model.unet, layer, crop.mask, sample, step.to(sample.device), reference.embedding, **residuals))
+    return attention_at(model.unet, layer, sample, step.to(sample.device), reference.embedding, **residuals)
+
+
+def align(model, crop: ZoomCrop, reference: EncodedReference, **options) -> Tensor:
+    """The raw correspondence map M^(t,l) over the reference's tokens, `[N, N]`, sum 1. Options as of `attend`."""
+    return correspondence(attend(model, crop, reference, **options), crop.mask)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from .dense_correspondence import carry
 from .geometry import resize, resize_mask
 from .postprocessing import MatchedRegion
 from .zoom_crop import ZoomCrop
@@ -26,6 +27,8 @@ ROTATIONS = tuple(math.radians(angle) for angle in range(-36, 37, 9))
 REACH = 1.0
 """How far the centre may lie from M*'s, in half sides of the crop."""
 CANDIDATES = 4
+PREFERENCE = 0.05
+"""What a place that the search found must be better by than the one that the attention agreed on: prints repeat."""
 INSIDE_WEIGHT = 0.1
 """What the artifact itself counts, against 1 for the surround: its colours and layout often survive."""
 
@@ -45,7 +48,7 @@ class Collage:
 
 
 def lay_over(crop: ZoomCrop, reference: Tensor, reference_mask: Tensor, region: MatchedRegion, image: Tensor | None = None) -> Collage:
-    """Register the reference `[3, H, W]` to the crop, starting from M*.
+    """Register the reference `[3, H, W]` to the crop, starting from M*, and from its placement where it has one.
 
     image   `[3, h, w]`, the crop's own picture: the collage is then made at its full resolution, not the model's
     """
@@ -58,7 +61,11 @@ def lay_over(crop: ZoomCrop, reference: Tensor, reference_mask: Tensor, region: 
     candidates = _search(crop, layers, centre * shrink, half_side * shrink) / shrink
     layers, shrink = _shrunk(reference, reference_mask, crop.image.shape[-1] / 2 / half_side)
     confidence, placement = max((_fit_affine(crop, layers, candidate * shrink) for candidate in candidates), key=lambda found: found[0])
-    under_mask = _mask_on_reference(crop.mask, placement / shrink, height, width) * reference_mask
+    if region.placement is not None:
+        attended = _fit_affine(crop, layers, region.placement.over(crop.box) * shrink)
+        if attended[0] > confidence - PREFERENCE:
+            confidence, placement = attended
+    under_mask = carry(crop.mask, placement / shrink, height, width) * reference_mask
 
     target, mask = crop.image, crop.mask
     if image is not None:
@@ -99,14 +106,6 @@ def match_tone(picture: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     joint = ((picture - mean) * (target - wanted) * weight).sum((1, 2), keepdim=True) / total
     gain = ((joint + 1e-3) / (spread + 1e-3)).clamp(0.5, 2.0)
     return ((picture - mean) * gain + wanted).clamp(0, 1)
-
-
-def _mask_on_reference(mask: Tensor, placement: Tensor, height: int, width: int) -> Tensor:
-    """The crop's mask `[S, S]` carried to the reference `[H, W]`."""
-    back = torch.linalg.inv(placement[:, :2])
-    x, y = torch.arange(width) + 0.5 - placement[0, 2], torch.arange(height) + 0.5 - placement[1, 2]
-    points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1) @ back.T
-    return (F.grid_sample(mask[None, None], points[None], align_corners=False)[0, 0] > 0.5).float()
 
 
 def _shrunk(reference: Tensor, mask: Tensor, factor: float) -> tuple[Tensor, float]:

@@ -8,8 +8,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from .alignment import align
+from .alignment import attend, correspondence
 from .collage import Collage, lay_over, transfer_detail
+from .dense_correspondence import Placement, carry, place
 from .errors import InputError
 from .geometry import Box
 from .model import RefineByAlign
@@ -19,6 +20,10 @@ from .refinement import Progress, refine
 from .stitch import stitch
 from .zoom_crop import ZoomCrop, separate, zoom_crop
 
+MIN_AGREEMENT = 0.02
+"""Of the cells, for their map to be believed; below, Eq. 5 decides."""
+CLOSE_UP = 2.5
+"""Side of the reference that the next level of the alignment sees, in longer sides of M*."""
 
 @dataclass(frozen=True)
 class Settings:
@@ -30,6 +35,9 @@ class Settings:
     layer, timestep, noise_level    see `align`
     steps, guidance, scheduler      see `refine`
     alignment_context, context      sides of the two zoom-in crops, in sides of the mask
+    dense              M* is where the map carries the mask that the attention of all cells agrees on; False = the paper,
+                       Eq. 5. Where they do not agree, Eq. 5 decides
+    levels             passes of the dense alignment; from the second on over close-ups of mask and region found
     register           settle M* on the pixels around the mask, see `lay_over`; False = the paper
     min_confidence     what the registration must reach to be used; below, the tokens alone guide
     strength           how far the refinement may depart from the registered reference, see `refine`; default: the
@@ -47,6 +55,8 @@ class Settings:
     noise_level: float | None = None
     cleaning: CleaningSettings = field(default_factory=CleaningSettings)
     alignment_context: float | None = None
+    dense: bool = True
+    levels: int = 2
     register: bool = True
     min_confidence: float = 0.45
     strength: float | None = None
@@ -99,7 +109,7 @@ def refine_by_align(
     for index, artifact in enumerate(artifacts):
         crop = zoom_crop(result, artifact, model.config.image_size, context=model.config.context if settings.context is None else settings.context, multiple=model.stride)
         guide, collage = whole, None
-        region = None if settings.single_stage else find_region(model, result, artifact, whole, settings, seed)
+        region = None if settings.single_stage else find_region(model, result, artifact, crop, reference, whole, settings, seed)
         if region is not None:
             region, collage = register(crop, reference, whole.mask, region, result, settings)
             guide = encode_reference(model, reference, grow(region, settings.region_margin) * whole.mask)
@@ -118,17 +128,41 @@ def refine_by_align(
     return Refined(result, regions, confidences)
 
 
-def find_region(model: RefineByAlign, image: Tensor, mask: Tensor, whole: EncodedReference, settings: Settings, seed: int) -> MatchedRegion | None:
-    """Align and clean: M* of one artifact, or `None` where the map says nothing and `on_flat` allows it."""
+def find_region(
+    model: RefineByAlign, image: Tensor, mask: Tensor, closer: ZoomCrop, reference: Tensor, whole: EncodedReference, settings: Settings, seed: int
+) -> MatchedRegion | None:
+    """M* of one artifact, coarse to fine, or `None` where the attention says nothing and `on_flat` allows it.
+
+    closer   the crop of the levels after the first
+    """
     context = model.config.alignment_context if settings.alignment_context is None else settings.alignment_context
-    crop = zoom_crop(image, mask, model.config.image_size, context=context, multiple=model.stride)
-    raw = align(model, crop, whole, layer=settings.layer, timestep=settings.timestep, noise_level=settings.noise_level, seed=seed)
-    try:
-        return clean(raw, whole, settings.cleaning)
-    except InputError:
-        if settings.on_flat == "error":
-            raise
+    crop, seen, region = zoom_crop(image, mask, model.config.image_size, context=context, multiple=model.stride), whole, None
+    for level in range(settings.levels if settings.dense else 1):
+        if level:
+            crop, seen = closer, encode_reference(model, reference, close_up(region, whole.mask))
+        attention = attend(model, crop, seen, layer=settings.layer, timestep=settings.timestep, noise_level=settings.noise_level, seed=seed)
+        found = carried(crop.mask, place(attention, crop, seen.box), seen.mask) if settings.dense else None
+        try:
+            region = found or region or clean(correspondence(attention, crop.mask), seen, settings.cleaning)
+        except InputError:
+            if settings.on_flat == "error":
+                raise
+            return None
+    return region
+
+
+def carried(mask: Tensor, placement: Placement | None, object_mask: Tensor) -> MatchedRegion | None:
+    """M* as the map that the cells agree on carries the crop's mask; `None` where they do not, or it leaves the object."""
+    if placement is None or not placement.agreement >= MIN_AGREEMENT:
         return None
+    region = carry(mask, placement.affine, *object_mask.shape) * object_mask
+    return MatchedRegion(region, Box.around(region), region, placement) if region.any() else None
+
+
+def close_up(region: MatchedRegion, object_mask: Tensor) -> Tensor:
+    """The object `[H, W]` within a square around M*, `CLOSE_UP` times its longer side."""
+    square = region.box.square(round(CLOSE_UP * max(region.box.width, region.box.height)))
+    return square.paste(torch.zeros_like(object_mask)[None], torch.ones(1, square.height, square.width))[0] * object_mask
 
 
 def register(

@@ -9,6 +9,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from .dense_correspondence import Placement
 from .errors import InputError
 from .geometry import Box
 from .reference_encoding import EncodedReference
@@ -31,11 +32,13 @@ class CleaningSettings:
 
 @dataclass(frozen=True)
 class MatchedRegion:
-    """M*: `mask` `[H, W]` in {0, 1} at the reference's size, its box, and the cleaned map at that size."""
+    """M*: `mask` `[H, W]` in {0, 1} at the reference's size, its box, the cleaned map at that size, and the map that
+    carries M_a there, where the attention agreed on one."""
 
     mask: Tensor
     box: Box
     soft: Tensor
+    placement: Placement | None = None
 
 
 def remove_border_peaks(token_map: np.ndarray, peak_support: float) -> np.ndarray:

@@ -107,10 +107,10 @@ def test_the_map_equals_a_full_pass_over_all_queries_weighted_by_the_mask(model,
     expected = (weights[:, None] * every_query).sum(0) / weights.sum()
 
     with torch.no_grad():
-        partial = attention_at(model.unet, layer, mask, sample, timestep, context)
-    assert partial.shape == (int((weights > 0).sum()), 257)
-    assert torch.allclose(partial[:, :-1].sum(-1), torch.ones(len(partial)), atol=1e-5)
-    assert torch.allclose(correspondence(partial).flatten(), expected, atol=1e-5)
+        partial = attention_at(model.unet, layer, sample, timestep, context)
+    assert torch.allclose(partial, every_query, atol=1e-5)
+    assert torch.allclose(partial.sum(-1), torch.ones(len(partial)), atol=1e-5)
+    assert torch.allclose(correspondence(partial, mask).flatten(), expected, atol=1e-5)
 
 
 def test_layer_9_of_an_8_by_8_latent_has_2_by_2_queries(model, inputs):
@@ -118,7 +118,7 @@ def test_layer_9_of_an_8_by_8_latent_has_2_by_2_queries(model, inputs):
     _, sample, timestep, context = inputs
     whole = torch.ones(64, 64)
     with torch.no_grad():
-        queries = [len(attention_at(model.unet, layer, whole, sample, timestep, context)) for layer in range(16)]
+        queries = [len(attention_at(model.unet, layer, sample, timestep, context)) for layer in range(16)]
     assert queries == [64, 64, 16, 16, 4, 4, 1, 4, 4, 4, 16, 16, 16, 64, 64, 64]
 
 
@@ -134,7 +134,7 @@ def test_nothing_after_the_layer_runs(model, inputs, layer):
         full = list(ran)
         ran.clear()
         with torch.no_grad():
-            attention_at(model.unet, layer, mask, sample, timestep, context)
+            attention_at(model.unet, layer, sample, timestep, context)
     finally:
         for handle in handles:
             handle.remove()
@@ -151,7 +151,7 @@ def test_no_attention_of_other_layers_is_kept(model, inputs):
     handles = [layer.register_forward_hook(lambda _, __, out: alive.append(weakref.ref(out))) for layer in cross_attentions(model.unet)]
     try:
         with torch.no_grad():
-            answer = attention_at(model.unet, 12, mask, sample, timestep, context)
+            answer = attention_at(model.unet, 12, sample, timestep, context)
     finally:
         for handle in handles:
             handle.remove()
@@ -164,10 +164,10 @@ def test_hooks_are_gone_after_a_pass_and_after_an_error(model, inputs):
     mask, sample, timestep, context = inputs
     before = hooks(model.unet)
     with torch.no_grad():
-        attention_at(model.unet, 9, mask, sample, timestep, context)
+        attention_at(model.unet, 9, sample, timestep, context)
     assert hooks(model.unet) == before
     with pytest.raises(RuntimeError), torch.no_grad():
-        attention_at(model.unet, 9, mask, sample[:, :-1], timestep, context)
+        attention_at(model.unet, 9, sample[:, :-1], timestep, context)
     assert hooks(model.unet) == before
     with torch.no_grad():
         model.unet(sample, timestep, context)  # and a whole pass still works
@@ -176,13 +176,12 @@ def test_hooks_are_gone_after_a_pass_and_after_an_error(model, inputs):
 @pytest.mark.parametrize("layer", [-1, 16, 99])
 def test_a_layer_that_does_not_exist_is_refused(model, inputs, layer):
     with pytest.raises(InputError, match="layer: is .* 0 to 15"):
-        attention_at(model.unet, layer, *inputs)
+        attention_at(model.unet, layer, *inputs[1:])
 
 
 def test_correspondence_weights_the_rows_and_sums_to_one():
-    rows = torch.eye(4)
-    attention = torch.cat([rows, torch.tensor([[1.0], [0.5], [0.0], [0.5]])], -1)
-    assert correspondence(attention).tolist() == [[0.5, 0.25], [0.0, 0.25]]
+    mask = torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]])  # cells of 1, 1/2, 0 and 1/2
+    assert correspondence(torch.eye(4), mask).tolist() == [[0.5, 0.25], [0.0, 0.25]]
 
 
 def test_the_map_is_16_by_16_finite_and_sums_to_one(every_model, scene_of_module):
@@ -238,9 +237,9 @@ def test_the_unet_sees_the_noised_image_the_mask_and_the_image_without_the_artif
     crop, reference = crop_and_reference
     seen = {}
 
-    def spy(unet, layer, queries, sample, timestep, context, **residuals):
+    def spy(unet, layer, sample, timestep, context, **residuals):
         seen.update(layer=layer, sample=sample, timestep=timestep, context=context)
-        return attention_at(unet, layer, queries, sample, timestep, context, **residuals)
+        return attention_at(unet, layer, sample, timestep, context, **residuals)
 
     monkeypatch.setattr("rba_core.alignment.attention_at", spy)
     align(model, crop, reference, noise_level=0.0, seed=8)

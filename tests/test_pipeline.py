@@ -64,7 +64,7 @@ def test_one_region_an_artifact_on_the_object_and_at_the_references_size(model, 
 
 def test_the_steps_come_in_their_order(model, scene, monkeypatch):
     ran = []
-    for name in ("check_inputs", "encode_reference", "align", "clean", "register", "zoom_crop", "refine", "stitch"):
+    for name in ("check_inputs", "encode_reference", "attend", "place", "correspondence", "clean", "register", "zoom_crop", "refine", "stitch"):
         usual = getattr(pipeline, name)
 
         def spy(*args, name=name, usual=usual, **kwargs):
@@ -72,8 +72,12 @@ def test_the_steps_come_in_their_order(model, scene, monkeypatch):
             return usual(*args, **kwargs)
 
         monkeypatch.setattr(pipeline, name, spy)
+    start, end = ["check_inputs", "encode_reference", "zoom_crop", "zoom_crop"], ["register", "encode_reference", "refine", "stitch"]
+    run(model, scene, dense=False, levels=1)
+    assert ran == [*start, "attend", "correspondence", "clean", *end]
+    ran.clear()
     run(model, scene)
-    assert ran == ["check_inputs", "encode_reference", "zoom_crop", "zoom_crop", "align", "clean", "register", "encode_reference", "refine", "stitch"]
+    assert [name for name in ran if name not in ("correspondence", "clean")] == [*start, "attend", "place", "encode_reference", "attend", "place", *end]
     ran.clear()
     run(model, scene, single_stage=True)
     assert ran == ["check_inputs", "encode_reference", "zoom_crop", "refine", "stitch"]
@@ -162,7 +166,7 @@ def test_without_a_reference_mask_the_whole_picture_is_the_object(model, scene):
 
 def test_settings_reach_their_steps(model, scene, monkeypatch):
     seen = {}
-    for name in ("align", "clean", "refine", "stitch"):
+    for name in ("attend", "clean", "refine", "stitch"):
         usual = getattr(pipeline, name)
 
         def spy(*args, name=name, usual=usual, **kwargs):
@@ -171,8 +175,8 @@ def test_settings_reach_their_steps(model, scene, monkeypatch):
 
         monkeypatch.setattr(pipeline, name, spy)
     cleaning = pipeline.CleaningSettings(threshold=0.3, flatness=0.0)
-    run(model, scene, layer=8, timestep=3, cleaning=cleaning, steps=2, guidance=1.0, scheduler="euler", strength=0.3, feather=2.0, colour_match=False, seed=4)
-    assert {k: seen["align"][1][k] for k in ("layer", "timestep", "noise_level", "seed")} == dict(layer=8, timestep=3, noise_level=None, seed=4)
+    run(model, scene, layer=8, timestep=3, cleaning=cleaning, dense=False, steps=2, guidance=1.0, scheduler="euler", strength=0.3, feather=2.0, colour_match=False, seed=4)
+    assert {k: seen["attend"][1][k] for k in ("layer", "timestep", "noise_level", "seed")} == dict(layer=8, timestep=3, noise_level=None, seed=4)
     assert seen["clean"][0][2] is cleaning
     options = dict(steps=2, guidance=1.0, scheduler="euler", strength=0.3, seed=4)
     assert {k: seen["refine"][1][k] for k in options} == options

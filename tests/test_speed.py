@@ -15,15 +15,13 @@ def operations():
         in_channels=9, block_out_channels=[40, 80, 160, 160], cross_attention_dim=96, attention_head_dim=8, norm_num_groups=8
     ).eval()
     sample, timestep, context = torch.randn(1, 9, 32, 32), torch.tensor([999]), torch.randn(1, 256, 96)
-    mask = torch.zeros(256, 256)
-    mask[64:192, 64:192] = 1
 
     def count(layer: int | None) -> int:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             if layer is None:
                 unet(sample, timestep, context)
             else:
-                attention_at(unet, layer, mask, sample, timestep, context)
+                attention_at(unet, layer, sample, timestep, context)
         return counter.get_total_flops()
 
     return count

@@ -45,7 +45,12 @@ def refine(item: Item, model: RefineByAlign, seed: int, **settings) -> Outcome:
 
 
 def paper(item: Item, model: RefineByAlign, seed: int) -> Outcome:
-    """Both stages without registration: M* as attention gives it, guided by tokens alone."""
+    """Both stages as published: M* from the masked cells' attention alone, guided by tokens alone."""
+    return refine(item, model, seed, dense=False, levels=1, register=False)
+
+
+def unregistered(item: Item, model: RefineByAlign, seed: int) -> Outcome:
+    """As `refine`, but without a look at pixels: M* from the attention of all cells, guided by tokens alone."""
     return refine(item, model, seed, register=False)
 
 
@@ -103,7 +108,7 @@ def telea(item: Item, model: RefineByAlign | None, seed: int) -> Outcome:
 
 
 METHODS = {
-    "refine": refine, "paper": paper, "oracle": oracle, "features": features, "single-stage": single_stage, "no-reference": no_reference,
+    "refine": refine, "unregistered": unregistered, "paper": paper, "oracle": oracle, "features": features, "single-stage": single_stage, "no-reference": no_reference,
     "none": none, "telea": telea,
 }  # fmt: skip
 NEED_MODEL = set(METHODS) - {"none", "telea"}
