@@ -60,8 +60,8 @@ def refine(options) -> None:
 def align(options) -> None:
     from .alignment import align as align_crop
     from .overlay import overlay
-    from .pipeline import Settings, check_inputs, register
-    from .postprocessing import CleaningSettings, clean
+    from .pipeline import Settings, check_inputs, find_region, register
+    from .postprocessing import CleaningSettings
     from .reference_encoding import encode_reference
     from .zoom_crop import zoom_crop
 
@@ -72,14 +72,18 @@ def align(options) -> None:
     check_inputs(image, mask, reference, reference_mask)
     model = _load(options)
     whole = encode_reference(model, reference, torch.ones(reference.shape[-2:]) if reference_mask is None else reference_mask)
-    crop = zoom_crop(image, mask, model.config.image_size, context=model.config.alignment_context, multiple=model.stride)
-    raw = align_crop(model, crop, whole, layer=options.layer, timestep=options.timestep, noise_level=options.noise_level, seed=options.seed)
+    settings = Settings(
+        layer=options.layer, timestep=options.timestep, noise_level=options.noise_level, cleaning=CleaningSettings(threshold=options.threshold),
+        dense=not options.no_dense, levels=options.levels, register=not options.no_register, min_confidence=options.min_confidence,
+    )  # fmt: skip
     if options.raw:
+        crop = zoom_crop(image, mask, model.config.image_size, context=model.config.alignment_context, multiple=model.stride)
+        raw = align_crop(model, crop, whole, layer=options.layer, timestep=options.timestep, noise_level=options.noise_level, seed=options.seed)
         soft = whole.to_reference(raw)
         write_mask(options.raw, soft / soft.max().clamp(min=1e-9))
-    region = clean(raw, whole, CleaningSettings(threshold=options.threshold))
     closer = zoom_crop(image, mask, model.config.image_size, context=model.config.context, multiple=model.stride)
-    region, _ = register(closer, reference, whole.mask, region, image, Settings(register=not options.no_register, min_confidence=options.min_confidence))
+    region = find_region(model, image, mask, closer, reference, whole, settings, options.seed)
+    region, _ = register(closer, reference, whole.mask, region, image, settings)
     write_mask(options.output, region.mask)
     if options.overlay:
         write_image(options.overlay, overlay(reference, region.soft, region.mask))
@@ -196,6 +200,8 @@ def _settings(options):
         timestep=options.timestep,
         noise_level=options.noise_level,
         cleaning=CleaningSettings(threshold=options.threshold),
+        dense=not options.no_dense,
+        levels=options.levels,
         register=not options.no_register,
         min_confidence=options.min_confidence,
         strength=options.strength,
@@ -261,6 +267,8 @@ def parser() -> argparse.ArgumentParser:
     noise = inputs.add_mutually_exclusive_group()
     noise.add_argument("--timestep", type=int, help="noise at alignment as a step of 50, 0 = the noisiest (default: the model's, 0)")
     noise.add_argument("--noise-level", type=float, metavar="S", help="noise at alignment as its standard deviation, 0-1")
+    inputs.add_argument("--no-dense", action="store_true", help="M* from the attention of the masked part alone (the paper), not from what all of the crop agrees on")
+    inputs.add_argument("--levels", type=int, default=2, metavar="N", help="looks at the reference, each closer; 1 = the paper (default: %(default)s)")
     inputs.add_argument("--no-register", action="store_true", help="leave M* as attention gave it (the paper)")
     inputs.add_argument("--min-confidence", type=float, default=0.45, metavar="C", help="what the registration must reach to be used, -1 to 1 (default: %(default)s)")
     inputs.add_argument("--threshold", type=float, default=0.4, help="share of the map's peak that belongs to M* (default: %(default)s)")

@@ -103,6 +103,8 @@ def refine_by_align(
         reference_mask = torch.ones(reference.shape[-2:])
     if settings.on_flat not in ("error", "single-stage"):
         raise InputError("on_flat", f"is {settings.on_flat!r}", "use error or single-stage")
+    if settings.levels < 1:
+        raise InputError("levels", f"is {settings.levels}", "use 1 or more")
     whole = encode_reference(model, reference, reference_mask)
     artifacts = [mask] if settings.one_crop else separate(mask)
     result, regions, confidences = image, [], []

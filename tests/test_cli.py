@@ -78,7 +78,7 @@ def test_every_option_of_refine_reaches_the_pipeline(rba, scene, monkeypatch):
     monkeypatch.setattr("rba_core.pipeline.refine_by_align", spy)
     options = (
         "--reference-mask reference_mask.png --layer 8 --timestep 4 --threshold 0.3 --seed 7 --steps 2 --guidance 1.25 --scheduler euler "
-        "--on-flat single-stage --one-crop --context 2.5 --feather 1.5 --no-colour-match --no-register --strength 0.4 --detail-transfer 0.5"
+        "--on-flat single-stage --one-crop --context 2.5 --feather 1.5 --no-colour-match --no-dense --levels 3 --no-register --strength 0.4 --detail-transfer 0.5"
     )
     assert rba("refine", "-o", "out.png", *options.split()) == 0
     assert torch.equal(seen["reference_mask"], scene.reference_mask)
@@ -86,7 +86,7 @@ def test_every_option_of_refine_reaches_the_pipeline(rba, scene, monkeypatch):
     assert seen["settings"] == Settings(
         layer=8, timestep=4, cleaning=CleaningSettings(threshold=0.3), steps=2, guidance=1.25, scheduler="euler",
         on_flat="single-stage", one_crop=True, context=2.5, feather=1.5, colour_match=False,
-        register=False, strength=0.4, detail_transfer=0.5,
+        dense=False, levels=3, register=False, strength=0.4, detail_transfer=0.5,
     )  # fmt: skip
     assert rba("refine", "-o", "out.png", "--single-stage", "--noise-level", "0.7") == 0
     assert seen["settings"] == Settings(single_stage=True, noise_level=0.7, cleaning=CleaningSettings(threshold=0.4))
@@ -214,7 +214,7 @@ def aligned(model, scene, **options):
 
 
 def test_align_writes_the_matched_region(rba, loaded, scene, capsys):
-    assert rba("align", "-o", "m.png") == 0
+    assert rba("align", "-o", "m.png", "--no-dense") == 0
     region = clean(*aligned(loaded, scene))
     assert torch.equal(read_mask("m.png"), region.mask)
     assert pixels("m.png").shape == (81, 101) and set(np.unique(pixels("m.png"))) == {0, 255}
