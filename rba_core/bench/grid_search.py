@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..alignment import SAMPLER_STEPS, cross_attentions
+from ..alignment import SAMPLER_STEPS, correspondence, cross_attentions
+from ..dense_correspondence import place
 from ..errors import InputError
 from ..model import PRETRAINED, RefineByAlign
+from ..pipeline import carried
 from ..postprocessing import clean
 from ..reference_encoding import EncodedReference, encode_reference
 from ..refinement import Progress
@@ -33,8 +34,9 @@ def grid_search(
 
     steps_of_t   values of t, steps of the 50-step sampler, 0 = the noisiest
     progress     called with (U-Net passes done, passes in all)
-    returns      {"set", "n", "timesteps", "gamma": [T][L], "best": {"timestep", "layer", "miou"}}, ready for JSON.
-                 An item of which the map is empty or flat counts 0
+    returns      {"set", "n", "timesteps", "gamma": [T][L], "dense": [T][L], "best": {"timestep", "layer", "miou"}}, ready
+                 for JSON. gamma is of Eq. 5, an item of which the map is empty or flat counts 0; dense is of the first
+                 level of `find_region`, which falls back on Eq. 5. best is dense's, as that is what the pipeline does
 
     Raises `InputError` for a t that there is not, and a set without M_gt.
     """
@@ -43,43 +45,42 @@ def grid_search(
     if limit is not None and limit < 1:
         raise InputError("limit", f"is {limit}", "use 1 or more")
     items = BenchmarkSet(set_folder)
-    chosen = [place for place, line in enumerate(items.lines) if line.get("correspondence") is not None][:limit]
+    chosen = [position for position, line in enumerate(items.lines) if line.get("correspondence") is not None][:limit]
     if not chosen:
         raise InputError("set", f"{set_folder} has no item with correspondence", "give a set with M_gt, say one of `rba bench make`")
-    gamma = np.zeros((len(steps_of_t), len(cross_attentions(model.unet))))
+    gamma, dense = np.zeros((2, len(steps_of_t), len(cross_attentions(model.unet))))
     done = 0
-    for place in chosen:
-        item = items[place]
+    for position in chosen:
+        item = items[position]
         whole = encode_reference(model, item.reference, torch.ones(item.reference.shape[-2:]) if item.reference_mask is None else item.reference_mask)
         crop = zoom_crop(item.image, item.mask, model.config.image_size, context=model.config.alignment_context, multiple=model.stride)
         for row, timestep in enumerate(steps_of_t):
-            for layer, raw in enumerate(align_everywhere(model, crop, whole, timestep, seed)):
-                gamma[row, layer] += _iou(raw, whole, item.correspondence) / len(chosen)
+            for layer, attention in enumerate(attend_everywhere(model, crop, whole, timestep, seed)):
+                paper = _iou(correspondence(attention, crop.mask), whole, item.correspondence)
+                found = carried(crop.mask, place(attention, crop, whole.box), whole.mask)
+                gamma[row, layer] += paper / len(chosen)
+                dense[row, layer] += (metrics.iou(found.mask, item.correspondence) if found else paper) / len(chosen)
             done += 1
             if progress:
                 progress(done, len(chosen) * len(steps_of_t))
-    row, layer = divmod(int(gamma.argmax()), gamma.shape[1])
-    best = {"timestep": steps_of_t[row], "layer": layer, "miou": float(gamma[row, layer])}
-    return {"set": Path(set_folder).resolve().name, "n": len(chosen), "timesteps": list(steps_of_t), "gamma": gamma.tolist(), "best": best}
+    row, layer = divmod(int(dense.argmax()), dense.shape[1])
+    best = {"timestep": steps_of_t[row], "layer": layer, "miou": float(dense[row, layer])}
+    return {"set": Path(set_folder).resolve().name, "n": len(chosen), "timesteps": list(steps_of_t), "gamma": gamma.tolist(), "dense": dense.tolist(), "best": best}
 
 
 @torch.no_grad()
-def align_everywhere(model: RefineByAlign, crop: ZoomCrop, reference: EncodedReference, timestep: int, seed: int = 0) -> list[Tensor]:
-    """M^(t,l) of every cross-attention layer l, `[N, N]` each, from one pass of the U-Net: what `align` gives for each."""
+def attend_everywhere(model: RefineByAlign, crop: ZoomCrop, reference: EncodedReference, timestep: int, seed: int = 0) -> list[Tensor]:
+    """What `attend` gives at every cross-attention layer, `[d², N²]` each, from one pass of the U-Net."""
     step = model.noise_step(timestep)
     latents = model.encode_image(crop.image[None])
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
     sample = model.unet_input(model.add_noise(latents, noise, step), model.inpainting_condition(crop.image[None], crop.mask[None, None], seen=crop.image[None]))
-    maps = []
+    attentions = []
 
     def read(attn, args: tuple, kwargs: dict) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        weights = F.adaptive_avg_pool2d(crop.mask[None, None], round(hidden.shape[1] ** 0.5)).flatten().to(hidden.device)
-        under_mask = weights > 0  # no other query counts in Eq. 5
-        q = attn.head_to_batch_dim(attn.to_q(hidden[:, under_mask]))
+        q = attn.head_to_batch_dim(attn.to_q(args[0] if args else kwargs["hidden_states"]))
         k = attn.head_to_batch_dim(attn.to_k(kwargs["encoder_hidden_states"]))
-        probabilities = (q.float() @ k.float().mT * attn.scale).softmax(-1).mean(0)
-        maps.append((weights[under_mask] @ probabilities / weights.sum()).view(reference.tokens, -1).cpu())
+        attentions.append((q.float() @ k.float().mT * attn.scale).softmax(-1).mean(0).cpu())
 
     hooks = [layer.register_forward_pre_hook(read, with_kwargs=True) for layer in cross_attentions(model.unet)]
     try:
@@ -87,7 +88,7 @@ def align_everywhere(model: RefineByAlign, crop: ZoomCrop, reference: EncodedRef
     finally:
         for hook in hooks:
             hook.remove()
-    return maps
+    return attentions
 
 
 def write_choice(model: str | Path, best: dict) -> Path:
@@ -106,28 +107,33 @@ def draw(results: dict, folder: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("pictures", "are drawn by matplotlib, which is not installed", 'pip install "refine-by-align[bench]"') from error
-    gamma, timesteps, best = np.array(results["gamma"]), results["timesteps"], results["best"]
-    row = timesteps.index(best["timestep"])
-    layers = range(gamma.shape[1])
+    gammas = {"Eq. 5": np.array(results["gamma"]), "all cells": np.array(results["dense"])}
+    timesteps, best = results["timesteps"], results["best"]
+    layers = range(len(results["gamma"][0]))
 
-    figure = Figure(figsize=(7.5, 1.6 + 0.35 * len(timesteps)), layout="constrained")
-    axes = figure.subplots()
-    shown = axes.imshow(gamma, aspect="auto", cmap="viridis", vmin=0)
-    figure.colorbar(shown, label="mean IoU")
-    axes.plot(best["layer"], row, "s", markersize=16, markerfacecolor="none", markeredgecolor="red")
-    axes.set(xlabel="cross-attention layer l", ylabel="timestep t", xticks=layers, yticks=range(len(timesteps)), yticklabels=timesteps)
-    axes.set_title(f"{results['set']}, {results['n']} items: best t = {best['timestep']}, l = {best['layer']} ({best['miou']:.3f})")
+    figure = Figure(figsize=(7.5, 1.2 + 0.7 * len(timesteps)), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, (name, gamma) in zip(panels, gammas.items()):
+        shown = axes.imshow(gamma, aspect="auto", cmap="viridis", vmin=0, vmax=max(float(g.max()) for g in gammas.values()))
+        row, layer = divmod(int(gamma.argmax()), gamma.shape[1])
+        axes.plot(layer, row, "s", markersize=14, markerfacecolor="none", markeredgecolor="red")
+        axes.set(ylabel="timestep t", xticks=layers, yticks=range(len(timesteps)), yticklabels=timesteps)
+        axes.set_title(f"{name}: best t = {timesteps[row]}, l = {layer} ({gamma[row, layer]:.3f})")
+    panels[1].set(xlabel="cross-attention layer l")
+    figure.colorbar(shown, ax=panels, label="mean IoU")
+    figure.suptitle(f"{results['set']}, {results['n']} items")
     figure.savefig(folder / HEAT_MAP, dpi=110)
 
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.bar(layers, gamma.mean(0))
+    for place, (name, gamma) in enumerate(gammas.items()):
+        left.bar(np.array(layers) + 0.4 * place - 0.2, gamma.mean(0), width=0.4, label=name)
+        right.plot(timesteps, gamma[:, best["layer"]], "o-", label=f"{name}, layer {best['layer']}")
     left.set(xlabel="cross-attention layer l", ylabel="mean IoU, mean over t", xticks=layers)
     left.tick_params(axis="x", labelsize=8)
-    right.plot(timesteps, gamma[:, best["layer"]], "o-", label=f"layer {best['layer']}")
-    right.plot(timesteps, gamma.mean(1), "o--", label="mean over layers")
     right.set(xlabel="timestep t", ylabel="mean IoU", ylim=(0, None))
     right.legend()
+    left.legend()
     figure.savefig(folder / CURVES, dpi=110)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from pathlib import Path
 
 from ..errors import InputError
 from .grid_search import CURVES, HEAT_MAP
+from .methods import METHODS
 from .run import HEADINGS, MEASURES, figure
 from .steps import NEAR, steps_table
 
@@ -39,7 +41,11 @@ def _relative(folder: Path, target: str | Path) -> str:
 def grid_section(results: dict, folder: str) -> list[str]:
     """Algorithm 1; folder, where its pictures are as seen from the page."""
     best = results["best"]
-    chosen = f"Mean IoU of the cleaned map over timestep and layer, {results['model']}: best {best['miou']:.3f} at t = {best['timestep']}, layer {best['layer']}."
+    paper = max(map(max, results["gamma"]))
+    chosen = (
+        f"Mean IoU of M* over timestep and layer at the first level of alignment, {results['model']}: by what all cells agree on, best {best['miou']:.3f} "
+        f"at t = {best['timestep']}, layer {best['layer']}; by Eq. 5 alone, best {paper:.3f}."
+    )
     pictures = [f"![Mean IoU over timestep and layer]({folder}/{HEAT_MAP})", "", f"![Mean IoU by layer and by timestep]({folder}/{CURVES})", ""]
     return [f"## Grid search over t and l: {results['set']}, {results['n']} items", "", chosen, "", *pictures]
 
@@ -52,6 +58,7 @@ def steps_section(results: dict) -> list[str]:
 def section(results: dict) -> list[str]:
     lines = [f"## {results['set']}, {results['n']} items", ""]
     lines += table(results["methods"])
+    lines += [f"- **{name}**: {inspect.cleandoc(METHODS[name].__doc__).splitlines()[0]}" for name in results["methods"]] + [""]
     for label, values in results["groups"].items():
         for value, by_method in values.items():
             count = len({row["id"] for row in results["items"] if str(row.get(label)) == value})

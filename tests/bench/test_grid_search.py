@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from rba_core import cli
-from rba_core.alignment import align
+from rba_core.alignment import attend
 from rba_core.bench import grid_search as grid
 from rba_core.bench.dataset import BenchmarkSet
 from rba_core.errors import InputError
@@ -14,15 +14,15 @@ from rba_core.reference_encoding import encode_reference
 from rba_core.zoom_crop import zoom_crop
 
 
-def test_one_pass_reads_what_align_reads_at_each_layer(small_set, every_model):
+def test_one_pass_reads_what_attend_reads_at_each_layer(small_set, every_model):
     item = BenchmarkSet(small_set)[0]
     whole = encode_reference(every_model, item.reference, item.reference_mask)
     crop = zoom_crop(item.image, item.mask, 64, context=3)
-    maps = grid.align_everywhere(every_model, crop, whole, 12, seed=3)
-    assert len(maps) == 16
+    attentions = grid.attend_everywhere(every_model, crop, whole, 12, seed=3)
+    assert len(attentions) == 16
     for layer in (0, 6, 9, 15):
-        assert torch.allclose(maps[layer], align(every_model, crop, whole, layer=layer, timestep=12, seed=3), atol=1e-6)
-    assert not torch.allclose(maps[9], grid.align_everywhere(every_model, crop, whole, 40, seed=3)[9], atol=1e-6)
+        assert torch.allclose(attentions[layer], attend(every_model, crop, whole, layer=layer, timestep=12, seed=3), atol=1e-6)
+    assert not torch.allclose(attentions[9], grid.attend_everywhere(every_model, crop, whole, 40, seed=3)[9], atol=1e-6)
 
 
 @pytest.fixture
@@ -30,15 +30,15 @@ def faultless(small_set, monkeypatch):
     """Layer 5 at t = 10 points at M_gt of the first item, layer 2 at t = 30 at everything, the others nowhere."""
     wanted = BenchmarkSet(small_set)[0].correspondence
 
-    def align_everywhere(model, crop, whole, timestep, seed):
+    def attend_everywhere(model, crop, whole, timestep, seed):
         maps = [torch.zeros(16, 16) for _ in range(16)]
         if timestep == 10:
             maps[5] = whole.to_tokens(wanted)
         else:
             maps[2] = torch.ones(16, 16)
-        return maps
+        return [rows.flatten().expand(64, -1) for rows in maps]
 
-    monkeypatch.setattr(grid, "align_everywhere", align_everywhere)
+    monkeypatch.setattr(grid, "attend_everywhere", attend_everywhere)
 
 
 def test_gamma_is_the_mean_iou_and_flat_maps_count_nothing(small_set, model, faultless):
@@ -47,6 +47,7 @@ def test_gamma_is_the_mean_iou_and_flat_maps_count_nothing(small_set, model, fau
     gamma = torch.tensor(results["gamma"])
     assert gamma.shape == (2, 16) and results["timesteps"] == [10, 30] and results["n"] == 1
     assert 0.3 < gamma[0, 5] <= 1 and gamma.count_nonzero() == 1
+    assert results["dense"] == results["gamma"]  # cells that all look the same way agree on no map
     assert results["best"] == {"timestep": 10, "layer": 5, "miou": pytest.approx(float(gamma[0, 5]))}
     assert seen == [(1, 2), (2, 2)]
 
@@ -68,7 +69,7 @@ def test_a_set_without_correspondence(small_set, model, tmp_path):
 def test_the_command_writes_figures_pictures_and_the_choice(small_set, model_folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     own = shutil.copytree(model_folder, tmp_path / "model")
-    results = {"set": "small", "n": 2, "timesteps": [0, 24], "gamma": [[0.1] * 16, [0.2] * 15 + [0.4]], "best": {"timestep": 24, "layer": 15, "miou": 0.4}}
+    results = {"set": "small", "n": 2, "timesteps": [0, 24], "gamma": [[0.1] * 16, [0.2] * 15 + [0.3]], "dense": [[0.1] * 16, [0.2] * 15 + [0.4]], "best": {"timestep": 24, "layer": 15, "miou": 0.4}}
     asked = []
     monkeypatch.setattr(grid, "grid_search", lambda folder, model, steps, limit, seed, progress: asked.append((steps, limit, seed)) or results)
     command = ["bench", "grid-search", str(small_set), "--model", str(own), "--out", str(tmp_path / "out"), "--steps-of-t", "0,24", "--limit", "2"]

@@ -18,7 +18,7 @@ def results(tmp_path):
     files = {
         "run.json": {"set": "synthetic", "n": 2, "methods": {"oracle": MEANS}, "groups": groups, "items": rows},
         "steps.json": {"set": "synthetic", "n": 2, "model": "m", "steps": {"1": MEANS, "50": MEANS}, "fewest": 1},
-        "grid-search/grid.json": {"set": "validation", "n": 7, "model": "m", "timesteps": [6], "gamma": [[0.2, 0.4]], "best": {"timestep": 6, "layer": 1, "miou": 0.4}},
+        "grid-search/grid.json": {"set": "validation", "n": 7, "model": "m", "timesteps": [6], "gamma": [[0.2, 0.3]], "dense": [[0.1, 0.4]], "best": {"timestep": 6, "layer": 1, "miou": 0.4}},
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
@@ -29,9 +29,9 @@ def test_a_folder_stands_for_its_files(results):
     page = results.parent / "results.md"
     write_report([results], page)
     text = page.read_text()
-    assert "## synthetic, 2 items" in text and "| oracle | 0.50 |" in text and "### task: try_on (1)" in text
+    assert "## synthetic, 2 items" in text and "| oracle | 0.50 |" in text and "- **oracle**: M_gt in place" in text and "### task: try_on (1)" in text
     assert "## Denoising steps: synthetic, 2 items" in text and "| **1** | 0.50 |" in text
-    assert "## Grid search over t and l: validation, 7 items" in text and "best 0.400 at t = 6, layer 1" in text
+    assert "## Grid search over t and l: validation, 7 items" in text and "best 0.400 at t = 6, layer 1; by Eq. 5 alone, best 0.300" in text
     assert "](results/grid-search/heat_map.png)" in text and "](results/grid-search/curves.png)" in text
 
 
