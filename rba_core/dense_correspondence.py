@@ -17,7 +17,7 @@ from torch import Tensor
 from .geometry import Box
 from .zoom_crop import ZoomCrop
 
-TOLERANCE = 2.0
+TOLERANCE = 1.5
 """How far a cell may look from where the map sends it, in tokens."""
 PAIRS = 64
 """Of so many cells, those that count most, each two propose a similarity."""
