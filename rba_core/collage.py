@@ -58,11 +58,12 @@ def lay_over(crop: ZoomCrop, reference: Tensor, reference_mask: Tensor, region: 
     half_side = 0.5 * math.sqrt(len(rows) / max(float(crop.mask.mean()), 1e-4))  # of the crop, in reference pixels
 
     layers, shrink = _shrunk(reference, reference_mask, COARSE / 2 / half_side)
-    candidates = _search(crop, layers, centre * shrink, half_side * shrink) / shrink
+    weight = surround(crop.mask)
+    candidates = _search(crop, weight, layers, centre * shrink, half_side * shrink) / shrink
     layers, shrink = _shrunk(reference, reference_mask, crop.image.shape[-1] / 2 / half_side)
-    confidence, placement = max((_fit_affine(crop, layers, candidate * shrink) for candidate in candidates), key=lambda found: found[0])
+    confidence, placement = max((_fit_affine(crop, weight, layers, candidate * shrink) for candidate in candidates), key=lambda found: found[0])
     if region.placement is not None:
-        attended = _fit_affine(crop, layers, region.placement.over(crop.box) * shrink)
+        attended = _fit_affine(crop, weight, layers, region.placement.over(crop.box) * shrink)
         if attended[0] > confidence - PREFERENCE:
             confidence, placement = attended
     under_mask = carry(crop.mask, placement / shrink, height, width) * reference_mask
@@ -125,11 +126,11 @@ def _sample(layers: Tensor, placement: Tensor, size: int, extent: float = 1.0) -
     return F.grid_sample(layers.expand(len(placement), -1, -1, -1), points / frame * 2 - 1, align_corners=False)
 
 
-def _search(crop: ZoomCrop, layers: Tensor, centre: Tensor, half_side: float) -> Tensor:
+def _search(crop: ZoomCrop, weight: Tensor, layers: Tensor, centre: Tensor, half_side: float) -> Tensor:
     """The best positions with their scales and rotations: placements `[CANDIDATES, 2, 3]`, crop [-1, 1] -> reference
     pixels."""
     template = resize(crop.image, COARSE, COARSE)
-    weight = F.interpolate(surround(crop.mask)[None, None], (COARSE, COARSE), mode="area")[0, 0]
+    weight = F.interpolate(weight[None, None], (COARSE, COARSE), mode="area")[0, 0]
     turns = [(scale, angle) for scale in SCALES for angle in ROTATIONS]
     linear = torch.stack([half_side * s * torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]]) for s, a in turns])
     placements = torch.cat([linear, centre.expand(len(turns), 2)[..., None]], -1)
@@ -165,12 +166,12 @@ def _search(crop: ZoomCrop, layers: Tensor, centre: Tensor, half_side: float) ->
     return torch.stack(found)
 
 
-def _fit_affine(crop: ZoomCrop, layers: Tensor, placement: Tensor, rounds: int = 10) -> tuple[float, Tensor]:
+def _fit_affine(crop: ZoomCrop, near: Tensor, layers: Tensor, placement: Tensor, rounds: int = 10) -> tuple[float, Tensor]:
     """Gauss-Newton on the six numbers of the placement, coarse to fine, tone refitted in each round: the score
     reached and the placement."""
     for size in (COARSE, crop.image.shape[-1]):
         target = resize(crop.image, size, size)
-        base = F.interpolate(surround(crop.mask)[None, None], (size, size), mode="area")[0, 0]
+        base = F.interpolate(near[None, None], (size, size), mode="area")[0, 0]
         axis = (torch.arange(size) + 0.5) / size * 2 - 1
         y, x = torch.meshgrid(axis, axis, indexing="ij")
         ones = torch.ones_like(x)
