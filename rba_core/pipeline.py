@@ -22,6 +22,8 @@ from .zoom_crop import ZoomCrop, separate, zoom_crop
 
 MIN_AGREEMENT = 0.02
 """Of the cells, for their map to be believed; below, Eq. 5 decides."""
+SECONDED = 0.4
+"""Share of the confidence asked for that is enough where pixels and attention found about the same region."""
 CLOSE_UP = 2.5
 """Side of the reference that the next level of the alignment sees, in longer sides of M*."""
 
@@ -174,7 +176,9 @@ def register(
     if not settings.register:
         return region, None
     collage = lay_over(crop, reference, object_mask, region, image)
-    if collage.confidence < settings.min_confidence or not collage.region.any():
+    alike = float((collage.region * region.mask).sum() / torch.maximum(collage.region, region.mask).sum().clamp(min=1))
+    needed = settings.min_confidence * (SECONDED if region.placement is not None and alike > 0.5 else 1.0)
+    if collage.confidence < needed or not collage.region.any():
         return region, None
     return MatchedRegion(collage.region, Box.around(collage.region), collage.region), collage
 

@@ -17,7 +17,7 @@ from rba_core.training.encoder import damage
 from rba_core.zoom_crop import ZoomCrop
 
 FOLDER = PRETRAINED / "rba-tiny"
-LEAST_MEAN_IOU = {"Eq. 5": 0.2, "all cells": 0.45, "settled on pixels": 0.5}
+LEAST_MEAN_IOU = {"Eq. 5": 0.2, "all cells": 0.37, "settled on pixels": 0.45}
 HELD_OUT = 2**31
 """Training seeds textures with the plan's seed and scenes from 10^6 on; this is far from both."""
 
