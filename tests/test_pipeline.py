@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import rba_core.pipeline as pipeline
+from rba_core.collage import Collage
+from rba_core.dense_correspondence import Placement
 from rba_core.errors import InputError
 from rba_core.geometry import Box
 from rba_core.pipeline import Settings, check_inputs, grow, refine_by_align
@@ -244,6 +246,19 @@ def test_registration_can_be_left_out(model, same_product, changes):
     result = run(model, scene, **changes)
     assert result.confidences == [None]
     assert result.regions[0] is None if "single_stage" in changes else torch.equal(result.regions[0].mask, about)
+
+
+@pytest.mark.parametrize("confidence, shift, seconded, used", [(0.3, 0, True, True), (0.3, 0, False, False), (0.3, 40, True, False), (0.1, 0, True, False), (0.5, 40, False, True)])
+def test_less_confidence_is_enough_where_attention_found_the_same_region(scene, monkeypatch, confidence, shift, seconded, used):
+    found = torch.zeros(96, 130)
+    found[30:50, 40:70] = 1
+    placement = Placement(torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]), Box(0, 0, 64, 64), 0.2)
+    region = MatchedRegion(found, Box.around(found), found, placement if seconded else None)
+    collage = Collage(torch.rand(3, 64, 64), torch.ones(64, 64), found.roll(shift, 1), confidence)
+    monkeypatch.setattr(pipeline, "lay_over", lambda *_: collage)
+    settled, laid = pipeline.register(None, scene.reference, torch.ones(96, 130), region, scene.image, Settings(min_confidence=0.45))
+    assert laid is (collage if used else None)
+    assert torch.equal(settled.mask, collage.region if used else found)
 
 
 def test_detail_of_the_reference_is_carried_into_the_result_in_the_amount_asked_for(model, same_product):

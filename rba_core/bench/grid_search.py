@@ -111,13 +111,14 @@ def draw(results: dict, folder: Path) -> None:
     timesteps, best = results["timesteps"], results["best"]
     layers = range(len(results["gamma"][0]))
 
-    figure = Figure(figsize=(7.5, 1.2 + 0.7 * len(timesteps)), layout="constrained")
+    ticks = range(0, len(timesteps), -(-len(timesteps) // 10))
+    figure = Figure(figsize=(7.5, 5.5), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)
     for axes, (name, gamma) in zip(panels, gammas.items()):
         shown = axes.imshow(gamma, aspect="auto", cmap="viridis", vmin=0, vmax=max(float(g.max()) for g in gammas.values()))
         row, layer = divmod(int(gamma.argmax()), gamma.shape[1])
         axes.plot(layer, row, "s", markersize=14, markerfacecolor="none", markeredgecolor="red")
-        axes.set(ylabel="timestep t", xticks=layers, yticks=range(len(timesteps)), yticklabels=timesteps)
+        axes.set(ylabel="timestep t", xticks=layers, yticks=ticks, yticklabels=[timesteps[tick] for tick in ticks])
         axes.set_title(f"{name}: best t = {timesteps[row]}, l = {layer} ({gamma[row, layer]:.3f})")
     panels[1].set(xlabel="cross-attention layer l")
     figure.colorbar(shown, ax=panels, label="mean IoU")
@@ -128,7 +129,7 @@ def draw(results: dict, folder: Path) -> None:
     left, right = figure.subplots(1, 2)
     for place, (name, gamma) in enumerate(gammas.items()):
         left.bar(np.array(layers) + 0.4 * place - 0.2, gamma.mean(0), width=0.4, label=name)
-        right.plot(timesteps, gamma[:, best["layer"]], "o-", label=f"{name}, layer {best['layer']}")
+        right.plot(timesteps, gamma[:, best["layer"]], "o-", markersize=3, label=f"{name}, layer {best['layer']}")
     left.set(xlabel="cross-attention layer l", ylabel="mean IoU, mean over t", xticks=layers)
     left.tick_params(axis="x", labelsize=8)
     right.set(xlabel="timestep t", ylabel="mean IoU", ylim=(0, None))
