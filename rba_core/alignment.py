@@ -38,16 +38,21 @@ class _Reached(Exception):
         self.attention = attention
 
 
+def probabilities(attn: Attention, args: tuple, kwargs: dict) -> Tensor:
+    """A = softmax(q kᵀ / sqrt(d)) of a layer that is called with these arguments, mean over heads, `[d², N²]`."""
+    q = attn.head_to_batch_dim(attn.to_q(args[0] if args else kwargs["hidden_states"]))
+    k = attn.head_to_batch_dim(attn.to_k(kwargs["encoder_hidden_states"]))
+    return (q.float() @ k.float().mT * attn.scale).softmax(-1).mean(0)
+
+
 def attention_at(unet: UNet2DConditionModel, layer: int, sample: Tensor, timestep: Tensor, context: Tensor, **residuals) -> Tensor:
-    """A = softmax(q kᵀ / sqrt(d)) of one layer, mean over heads, `[d², N²]`. Nothing after the layer runs."""
+    """`probabilities` of one layer. Nothing after the layer runs."""
     layers = cross_attentions(unet)
     if not 0 <= layer < len(layers):
         raise InputError("layer", f"is {layer}", f"this model has cross-attention layers 0 to {len(layers) - 1}")
 
     def read(attn: Attention, args: tuple, kwargs: dict) -> None:
-        q = attn.head_to_batch_dim(attn.to_q(args[0] if args else kwargs["hidden_states"]))
-        k = attn.head_to_batch_dim(attn.to_k(kwargs["encoder_hidden_states"]))
-        raise _Reached((q.float() @ k.float().mT * attn.scale).softmax(-1).mean(0))
+        raise _Reached(probabilities(attn, args, kwargs))
 
     handle = layers[layer].register_forward_pre_hook(read, with_kwargs=True)
     try:
@@ -65,6 +70,14 @@ def correspondence(attention: Tensor, mask: Tensor) -> Tensor:
     summed = weights @ attention / weights.sum()
     side = round(len(summed) ** 0.5)
     return summed.view(side, side).cpu()
+
+
+def noised(model, crop: ZoomCrop, step: Tensor, seed: int) -> Tensor:
+    """The U-Net's input while aligning: z_t of the crop with its artifact, and what it knows of the crop."""
+    latents = model.encode_image(crop.image[None])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
+    noisy = model.add_noise(latents, noise, step)
+    return model.unet_input(noisy, model.inpainting_condition(crop.image[None], crop.mask[None, None], seen=crop.image[None]))
 
 
 @torch.no_grad()
@@ -86,11 +99,7 @@ def attend(
     """
     layer = model.config.alignment_layer if layer is None else layer
     step = model.noise_step(model.config.alignment_timestep if timestep is None else timestep, noise_level)
-    latents = model.encode_image(crop.image[None])
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
-    noisy = model.add_noise(latents, noise, step)
-    sample = model.unet_input(noisy, model.inpainting_condition(crop.image[None], crop.mask[None, None], seen=crop.image[None]))
+    sample = noised(model, crop, step, seed)
     residuals = model.context_residuals(sample)
     return attention_at(model.unet, layer, sample, step.to(sample.device), reference.embedding, **residuals)
 

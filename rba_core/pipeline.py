@@ -117,16 +117,8 @@ def refine_by_align(
         if region is not None:
             region, collage = register(crop, reference, whole.mask, region, result, settings)
             guide = encode_reference(model, reference, grow(region, settings.region_margin) * whole.mask)
-        strength = settings.strength
-        if strength is None:
-            strength = model.config.collage_strength * (1 - collage.confidence) if collage else 1.0
-        redrawn = refine(
-            model, crop, guide, collage=collage, strength=strength, steps=settings.steps, guidance=settings.guidance, scheduler=settings.scheduler, seed=seed,
-            progress=progress and (lambda done, total, index=index: progress(index * total + done, len(artifacts) * total)),
-        )
-        if collage is not None:
-            redrawn = transfer_detail(redrawn, collage, crop.mask, settings.detail_transfer)
-        result = stitch(result, artifact, redrawn, crop.box, feather=settings.feather, colour_match=settings.colour_match)
+        told = progress and (lambda done, total, index=index: progress(index * total + done, len(artifacts) * total))
+        result = redraw(model, result, artifact, crop, guide, collage, settings, seed, told)
         regions.append(region)
         confidences.append(collage.confidence if collage else None)
     return Refined(result, regions, confidences)
@@ -181,6 +173,23 @@ def register(
     if collage.confidence < needed or not collage.region.any():
         return region, None
     return MatchedRegion(collage.region, Box.around(collage.region), collage.region), collage
+
+
+def redraw(
+    model: RefineByAlign, image: Tensor, mask: Tensor, crop: ZoomCrop, guide: EncodedReference, collage: Collage | None, settings: Settings, seed: int,
+    progress: Progress | None = None,
+) -> Tensor:
+    """The image `[3, H, W]` with one artifact redrawn in its crop, guided by a region's tokens, and put back."""
+    strength = settings.strength
+    if strength is None:
+        strength = model.config.collage_strength * (1 - collage.confidence) if collage else 1.0
+    redrawn = refine(
+        model, crop, guide, collage=collage, strength=strength, steps=settings.steps, guidance=settings.guidance, scheduler=settings.scheduler, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    if collage is not None:
+        redrawn = transfer_detail(redrawn, collage, crop.mask, settings.detail_transfer)
+    return stitch(image, mask, redrawn, crop.box, feather=settings.feather, colour_match=settings.colour_match)
 
 
 def grow(region: MatchedRegion, margin: float) -> Tensor:

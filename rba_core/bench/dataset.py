@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError
@@ -40,6 +41,11 @@ class Item:
     truth: Tensor | None = None
     caption: str | None = None
 
+    @property
+    def object_mask(self) -> Tensor:
+        """`reference_mask`, or all of the reference where the item has none."""
+        return torch.ones(self.reference.shape[-2:]) if self.reference_mask is None else self.reference_mask
+
 
 class BenchmarkSet(Sequence):
     """The items of a folder, in the index's order. Pictures are read when an item is asked for.
@@ -71,6 +77,15 @@ class BenchmarkSet(Sequence):
             if entry.get(name) is not None and not (self.folder / entry[name]).is_file():
                 raise InputError("set", f"{where}: {name} {entry[name]} does not exist", "give a path relative to the set's folder")
         return entry
+
+    def having(self, name: str, limit: int | None = None) -> list[int]:
+        """Positions of the first `limit` items (default: all) that have a file of that name; `InputError` where none has."""
+        if limit is not None and limit < 1:
+            raise InputError("limit", f"is {limit}", "use 1 or more")
+        chosen = [position for position, line in enumerate(self.lines) if line.get(name) is not None][:limit]
+        if not chosen:
+            raise InputError("set", f"{self.folder} has no item with {name}", f"give a set with {name}, say one of `rba bench make`")
+        return chosen
 
     def __len__(self) -> int:
         return len(self.lines)

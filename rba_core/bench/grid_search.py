@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..alignment import SAMPLER_STEPS, correspondence, cross_attentions
+from ..alignment import SAMPLER_STEPS, correspondence, cross_attentions, noised, probabilities
 from ..dense_correspondence import place
 from ..errors import InputError
 from ..model import PRETRAINED, RefineByAlign
@@ -42,17 +42,13 @@ def grid_search(
     """
     if not steps_of_t:
         raise InputError("timesteps", "are none", f"name some of 0 to {SAMPLER_STEPS - 1}")
-    if limit is not None and limit < 1:
-        raise InputError("limit", f"is {limit}", "use 1 or more")
     items = BenchmarkSet(set_folder)
-    chosen = [position for position, line in enumerate(items.lines) if line.get("correspondence") is not None][:limit]
-    if not chosen:
-        raise InputError("set", f"{set_folder} has no item with correspondence", "give a set with M_gt, say one of `rba bench make`")
+    chosen = items.having("correspondence", limit)
     gamma, dense = np.zeros((2, len(steps_of_t), len(cross_attentions(model.unet))))
     done = 0
     for position in chosen:
         item = items[position]
-        whole = encode_reference(model, item.reference, torch.ones(item.reference.shape[-2:]) if item.reference_mask is None else item.reference_mask)
+        whole = encode_reference(model, item.reference, item.object_mask)
         crop = zoom_crop(item.image, item.mask, model.config.image_size, context=model.config.alignment_context, multiple=model.stride)
         for row, timestep in enumerate(steps_of_t):
             for layer, attention in enumerate(attend_everywhere(model, crop, whole, timestep, seed)):
@@ -72,15 +68,11 @@ def grid_search(
 def attend_everywhere(model: RefineByAlign, crop: ZoomCrop, reference: EncodedReference, timestep: int, seed: int = 0) -> list[Tensor]:
     """What `attend` gives at every cross-attention layer, `[d², N²]` each, from one pass of the U-Net."""
     step = model.noise_step(timestep)
-    latents = model.encode_image(crop.image[None])
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
-    sample = model.unet_input(model.add_noise(latents, noise, step), model.inpainting_condition(crop.image[None], crop.mask[None, None], seen=crop.image[None]))
+    sample = noised(model, crop, step, seed)
     attentions = []
 
     def read(attn, args: tuple, kwargs: dict) -> None:
-        q = attn.head_to_batch_dim(attn.to_q(args[0] if args else kwargs["hidden_states"]))
-        k = attn.head_to_batch_dim(attn.to_k(kwargs["encoder_hidden_states"]))
-        attentions.append((q.float() @ k.float().mT * attn.scale).softmax(-1).mean(0).cpu())
+        attentions.append(probabilities(attn, args, kwargs).cpu())
 
     hooks = [layer.register_forward_pre_hook(read, with_kwargs=True) for layer in cross_attentions(model.unet)]
     try:

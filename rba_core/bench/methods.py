@@ -10,16 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import refinement
-from ..collage import Collage, transfer_detail
+from ..alignment import correspondence
 from ..errors import InputError
 from ..geometry import Box, resize
 from ..model import RefineByAlign
-from ..pipeline import Settings, grow, refine_by_align, register
+from ..pipeline import Settings, grow, redraw, refine_by_align, register
 from ..postprocessing import MatchedRegion, clean
-from ..reference_encoding import EncodedReference, encode_reference, segment
-from ..stitch import stitch
-from ..zoom_crop import zoom_crop
+from ..reference_encoding import encode_reference, segment
+from ..zoom_crop import ZoomCrop, zoom_crop
 from .dataset import Item
 
 TEMPERATURE = 0.05
@@ -70,15 +68,14 @@ def oracle(item: Item, model: RefineByAlign, seed: int) -> Outcome:
 @torch.no_grad()
 def features(item: Item, model: RefineByAlign, seed: int) -> Outcome:
     """The encoder alone aligns, by the likeness of its tokens of the crop and of the reference; then as `refine`."""
-    whole = encode_reference(model, item.reference, _object(item))
+    whole = encode_reference(model, item.reference, item.object_mask)
     crop = zoom_crop(item.image, item.mask, model.config.image_size, context=model.config.alignment_context, multiple=model.stride)
-    square, _ = segment(item.reference, _object(item), model.config.reference_fill)
+    square, _ = segment(item.reference, item.object_mask, model.config.reference_fill)
     side = model.encoder_size
     query, key = F.normalize(model.tokens(torch.stack([resize(picture, side, side) for picture in (crop.image, square)])).float(), dim=-1)
-    weights = F.adaptive_avg_pool2d(crop.mask[None], whole.tokens).flatten().to(query)
     attention = (query @ key.T / TEMPERATURE).softmax(-1)
     try:
-        region = clean((weights @ attention / weights.sum()).view(whole.tokens, -1).cpu(), whole)
+        region = clean(correspondence(attention, crop.mask), whole)
     except InputError:
         return replace(single_stage(item, model, seed), fell_back=True)
     return _redrawn(item, model, region, seed)
@@ -86,8 +83,9 @@ def features(item: Item, model: RefineByAlign, seed: int) -> Outcome:
 
 def no_reference(item: Item, model: RefineByAlign, seed: int) -> Outcome:
     """The embedding dropped as in training, no collage: what the surroundings and the model's memory give."""
-    whole = encode_reference(model, item.reference, _object(item))
-    return Outcome(_redrawn_crop(item, model, replace(whole, embedding=torch.zeros_like(whole.embedding)), None, seed))
+    whole = encode_reference(model, item.reference, item.object_mask)
+    dropped = replace(whole, embedding=torch.zeros_like(whole.embedding))
+    return Outcome(redraw(model, item.image, item.mask, _crop(item, model), dropped, None, Settings(), seed))
 
 
 def none(item: Item, model: RefineByAlign | None, seed: int) -> Outcome:
@@ -114,26 +112,16 @@ METHODS = {
 NEED_MODEL = set(METHODS) - {"none", "telea"}
 
 
-def _object(item: Item) -> Tensor:
-    return torch.ones(item.reference.shape[-2:]) if item.reference_mask is None else item.reference_mask
+def _crop(item: Item, model: RefineByAlign) -> ZoomCrop:
+    return zoom_crop(item.image, item.mask, model.config.image_size, context=model.config.context, multiple=model.stride)
 
 
 def _redrawn(item: Item, model: RefineByAlign, region: MatchedRegion, seed: int) -> Outcome:
     """The second stage of `refine_by_align` on a region from elsewhere; the mask as one artifact."""
-    settings = Settings()
-    crop = zoom_crop(item.image, item.mask, model.config.image_size, context=model.config.context, multiple=model.stride)
-    region, collage = register(crop, item.reference, _object(item), region, item.image, settings)
-    guide = encode_reference(model, item.reference, grow(region, settings.region_margin) * _object(item))
-    return Outcome(_redrawn_crop(item, model, guide, collage, seed), region)
-
-
-def _redrawn_crop(item: Item, model: RefineByAlign, guide: EncodedReference, collage: Collage | None, seed: int) -> Tensor:
-    crop = zoom_crop(item.image, item.mask, model.config.image_size, context=model.config.context, multiple=model.stride)
-    strength = model.config.collage_strength * (1 - collage.confidence) if collage else 1.0
-    redrawn = refinement.refine(model, crop, guide, collage=collage, strength=strength, seed=seed)
-    if collage is not None:
-        redrawn = transfer_detail(redrawn, collage, crop.mask, 1.0)
-    return stitch(item.image, item.mask, redrawn, crop.box)
+    settings, crop = Settings(), _crop(item, model)
+    region, collage = register(crop, item.reference, item.object_mask, region, item.image, settings)
+    guide = encode_reference(model, item.reference, grow(region, settings.region_margin) * item.object_mask)
+    return Outcome(redraw(model, item.image, item.mask, crop, guide, collage, settings, seed), region)
 
 
 def _united(a: MatchedRegion, b: MatchedRegion) -> MatchedRegion:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import InputError
 from ..model import RefineByAlign
 from ..refinement import Progress
 from .dataset import BenchmarkSet
@@ -29,12 +28,8 @@ def compare_steps(
 
     Raises `InputError` for a set without truth.
     """
-    if limit is not None and limit < 1:
-        raise InputError("limit", f"is {limit}", "use 1 or more")
     items = BenchmarkSet(set_folder)
-    chosen = [place for place, line in enumerate(items.lines) if line.get("truth") is not None][:limit]
-    if not chosen:
-        raise InputError("set", f"{set_folder} has no item with truth", "give a set with truth, say one of `rba bench make`")
+    chosen = items.having("truth", limit)
     sums = {count: dict.fromkeys((*PIXEL_METRICS, "seconds"), 0.0) for count in sorted(steps)}
     refine(items[chosen[0]], model, seed, steps=1)  # the first pass also pays for memory and kernels
     done = 0

@@ -41,6 +41,9 @@ class Scenes:
     flow: Tensor
     visible: Tensor
 
+    def to(self, device: torch.device) -> Scenes:
+        return Scenes(**{name: value.to(device) for name, value in vars(self).items()})
+
 
 class TextureBank:
     """A pool of textures, of which a few are drawn anew at each training step.

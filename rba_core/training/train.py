@@ -245,11 +245,8 @@ class Leg:
     def _held_out(self, mode: str) -> Scenes:
         sampler = self.sampler(held_out=True)
         sampler.at(0)
-        sampler.seed(LEGS.index(self.name))
+        sampler.seed(self.number)
         return sampler.sample(self.settings.get("validation_items", 8), mode)
-
-    def to_device(self, scenes: Scenes) -> Scenes:
-        return Scenes(**{name: value.to(self.accelerator.device) if isinstance(value, Tensor) else value for name, value in vars(scenes).items()})
 
     def optimise(self, objective, inputs, groups: list[dict], validate=None) -> None:
         keys = ("steps", "batch", "micro_batch", "schedule", "warmup", "weight_decay", "ema", "save_every", "validate_every")
@@ -271,10 +268,10 @@ def train_encoder(leg: Leg) -> None:
         refinement = (step * leg.micro_batches + index) % 4 == 3
         scenes, generator = leg.scenes(step, index, "refinement" if refinement else "alignment")
         damaged = damage(scenes, generator, shares=(0.25, 0.25, 0.2, 0.3))
-        return leg.to_device(scenes), damaged.to(leg.accelerator.device)
+        return scenes.to(leg.accelerator.device), damaged.to(leg.accelerator.device)
 
     def validate(step: int) -> dict:
-        return validate_encoder(objective, leg.to_device(leg.held_out("alignment")), leg.sheet(step))
+        return validate_encoder(objective, leg.held_out("alignment").to(leg.accelerator.device), leg.sheet(step))
 
     groups = [{"params": [p for p in objective.parameters() if p.requires_grad], "lr": leg.settings["learning_rate"]}]
     leg.optimise(objective, inputs, groups, validate)
@@ -311,7 +308,7 @@ def train_refiner(leg: Leg) -> None:
     def inputs(step: int, index: int) -> tuple:
         mode = "refinement" if (step * leg.micro_batches + index) % 2 else "alignment"
         scenes, generator = leg.scenes(step, index, mode)
-        return leg.to_device(scenes), mode, generator
+        return scenes.to(leg.accelerator.device), mode, generator
 
     def validate(step: int) -> dict:
         return validate_refiner(objective, {mode: leg.held_out(mode) for mode in ("alignment", "refinement")}, leg.sheet(step))

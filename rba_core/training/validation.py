@@ -23,7 +23,6 @@ from ..zoom_crop import ZoomCrop
 from .encoder import EncoderObjective, damage, token_targets
 from .refiner import RefinerObjective, imperfect_collage
 
-GREEN = (0.1, 1.0, 0.3)
 THRESHOLD = 0.4
 """Share of its peak that a map needs to count as region, of the truth's as of the prediction's."""
 
@@ -64,8 +63,7 @@ def validate_refiner(objective: RefinerObjective, scenes: dict[str, Scenes], she
     model = objective.model
     terms: dict[str, float] = {}
     for mode, batch in scenes.items():
-        moved = Scenes(**{name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in vars(batch).items()})
-        for name, term in objective(moved, mode, torch.Generator().manual_seed(0)).items():
+        for name, term in objective(batch.to(model.device), mode, torch.Generator().manual_seed(0)).items():
             terms[name] = terms.get(name, 0.0) + float(term) / len(scenes)
 
     batch = scenes["alignment"]

@@ -62,11 +62,12 @@ def second_stage(monkeypatch):
     """Keeps what the refinement is given: (guide's embedding, its mask, collage, strength)."""
     given = []
 
-    def stub(model, crop, guide, *, collage, strength, seed):
+    def stub(model, crop, guide, *, collage, strength, seed, **sampling):
+        assert set(sampling.values()) == {None}  # the model's own
         given.append((guide.embedding, guide.mask, collage, strength))
         return torch.full_like(crop.image, 0.5)
 
-    monkeypatch.setattr(methods.refinement, "refine", stub)
+    monkeypatch.setattr("rba_core.pipeline.refine", stub)
     return given
 
 
