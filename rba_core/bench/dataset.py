@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from ..errors import InputError
 from ..imageio import read_image, read_mask
 
 REQUIRED = ("id", "task", "image", "mask", "reference")
-FILES = ("image", "mask", "reference", "reference_mask", "correspondence", "truth")
+FILES = ("image", "mask", "reference", "reference_mask", "correspondence", "truth", "flow")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Item:
     reference_mask   `[h, w]` in {0, 1}, the object in the reference
     correspondence   `[h, w]` in {0, 1}, M_gt
     truth            `[3, H, W]` in [0, 1], the image without its artifact
+    flow             `[2, H, W]`, where in the reference each masked pixel's centre is seen, (x, y) in pixels; NaN elsewhere
+                     and where hidden; the array `flow` of an .npz
     """
 
     id: str
@@ -40,6 +44,7 @@ class Item:
     correspondence: Tensor | None = None
     truth: Tensor | None = None
     caption: str | None = None
+    flow: Tensor | None = None
 
     @property
     def object_mask(self) -> Tensor:
@@ -94,10 +99,21 @@ class BenchmarkSet(Sequence):
         entry = self.lines[position]
         pictures = {name: self.folder / entry[name] for name in FILES if entry.get(name) is not None}
         for name, path in pictures.items():
-            pictures[name] = read_image(path).rgb if name in ("image", "reference", "truth") else read_mask(path)
-        for name, owner in (("mask", "image"), ("truth", "image"), ("reference_mask", "reference"), ("correspondence", "reference")):
+            pictures[name] = read_flow(path) if name == "flow" else read_image(path).rgb if name in ("image", "reference", "truth") else read_mask(path)
+        for name, owner in (("mask", "image"), ("truth", "image"), ("reference_mask", "reference"), ("correspondence", "reference"), ("flow", "image")):
             if name in pictures and pictures[name].shape[-2:] != pictures[owner].shape[-2:]:
                 sizes = [" x ".join(map(str, reversed(pictures[key].shape[-2:]))) for key in (name, owner)]
                 raise InputError("set", f"{entry['id']}: {name} is {sizes[0]}, {owner} {sizes[1]}", "make them the same size")
         labels = {key: value for key, value in entry.items() if key not in (*REQUIRED, *FILES, "caption")}
         return Item(id=str(entry["id"]), task=entry["task"], labels=labels, caption=entry.get("caption"), **pictures)
+
+
+def read_flow(path: Path) -> Tensor:
+    """The array `flow` `[2, H, W]` of an .npz. Raises `InputError`."""
+    try:
+        flow = np.load(path)["flow"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError("set", f"{path} holds no flow ({error})", 'write it as numpy.savez_compressed(path, flow=...)') from error
+    if flow.ndim != 3 or len(flow) != 2:
+        raise InputError("set", f"{path}: flow has shape {flow.shape}", "give [2, H, W]")
+    return torch.from_numpy(flow).float()

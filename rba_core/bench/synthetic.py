@@ -402,8 +402,11 @@ def _write_item(folder: Path, index: int, *, seed: int, split: str, size: int, p
     for key, picture in pictures.items():
         pixels = to_bytes(picture) if picture.ndim == 3 else (picture * 255).byte().numpy()
         write_picture(folder / name / f"{key}.png", Image.fromarray(pixels), compress_level=1)
+    known = (pair.mask > 0.5) & (pair.flow.abs() < 1).all(-1)
+    flow = torch.where(known, (pair.flow.movedim(-1, 0) + 1) * size / 2, torch.nan)
+    np.savez_compressed(folder / name / "flow.npz", flow=flow.numpy())
     labels = {"subject": "procedural", "difficulty": difficulty, "artifact": artifact, "disparity": round(pair.disparity, 3), "weak": False}
-    return {"id": name, "task": task, **labels, **{key: f"{name}/{key}.png" for key in pictures}}
+    return {"id": name, "task": task, **labels, **{key: f"{name}/{key}.png" for key in pictures}, "flow": f"{name}/flow.npz"}
 
 
 def _draw(index: int, seed: int, split: str, size: int, photos, light: float, task: str, difficulty: str, artifact: str) -> tuple[Pair, Tensor]:

@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,4 +83,24 @@ def test_missing_file(folder):
 def test_sizes_must_match(folder, name, owner):
     write_mask(folder / "00001" / f"{name}.png", torch.ones(100, 192))
     with pytest.raises(InputError, match=f"00001: {name} is 192 x 100, {owner} 192 x 192"):
+        BenchmarkSet(folder)[1]
+
+
+def test_the_flow_is_read_in_pixels_and_known_under_the_mask(small_set):
+    item = BenchmarkSet(small_set)[0]
+    known = ~item.flow.isnan().any(0)
+    assert item.flow.shape == (2, 192, 192) and not known[item.mask < 0.5].any() and known[item.mask > 0.5].float().mean() > 0.9
+    column, row = item.flow[:, known].long()
+    assert item.correspondence[row, column].mean() > 0.9
+
+
+@pytest.mark.parametrize("write, message", [
+    (lambda path: path.write_bytes(b"cut short"), "holds no flow"),
+    (lambda path: np.savez(path, other=np.zeros(3)), "holds no flow"),
+    (lambda path: np.savez(path, flow=np.zeros((192, 192, 2), np.float32)), r"flow has shape \(192, 192, 2\)"),
+    (lambda path: np.savez(path, flow=np.zeros((2, 100, 192), np.float32)), "flow is 192 x 100, image 192 x 192"),
+])  # fmt: skip
+def test_a_broken_flow_is_told_of(folder, write, message):
+    write(folder / "00001" / "flow.npz")
+    with pytest.raises(InputError, match=message):
         BenchmarkSet(folder)[1]
