@@ -35,11 +35,16 @@ class Placement:
     box          of the crop in its image
     agreement    how surely the cells beside the mask look where the map says: their mean share of attention that is
                  mutual and there, 0 to 1; some hundredths where the right object is found
+    attention    `[d², N²]`, what it was found in; square: what of the reference the N x N tokens cover
+    weight       `[d²]`, how much each cell counted
     """
 
     affine: Tensor
     box: Box
     agreement: float
+    attention: Tensor
+    square: Box
+    weight: Tensor
 
     def over(self, box: Box) -> Tensor:
         """The same map from another crop of the image, `[2, 3]`."""
@@ -65,7 +70,7 @@ def place(attention: Tensor, crop: ZoomCrop, square: Box) -> Placement | None:
         return None
     affine = fit_affine(cells, seen, near * sureness**1.5, tolerance, similarity)
     agreement = float((near * sureness * agreeing(affine, cells, seen, tolerance)).sum() / near.sum())
-    return Placement(_to_pixels(square) @ _square(torch.from_numpy(affine).float()), crop.box, agreement)
+    return Placement(_to_pixels(square) @ _square(torch.from_numpy(affine).float()), crop.box, agreement, attention, square, torch.from_numpy(near).float())
 
 
 def looked_at(attention: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,19 @@
-"""A correspondence map drawn over its reference."""
+"""Correspondence to look at: a map drawn over its reference, matched points side by side."""
 
 from __future__ import annotations
 
+import colorsys
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import Tensor
+
+from .collage import Collage
+from .geometry import Box, resize
+from .imageio import to_bytes
+from .zoom_crop import ZoomCrop
 
 RED, WHITE = (1.0, 0.15, 0.1), (1.0, 1.0, 1.0)
 
@@ -29,3 +38,37 @@ def outline(picture: Tensor, mask: Tensor, colour: tuple[float, float, float] = 
     width = max(1, round(min(picture.shape[-2:]) / 256))
     ring = F.max_pool2d(selected, 2 * width + 1, 1, width)[0, 0] - selected[0, 0]
     return torch.where(ring > 0.5, picture.new_tensor(colour)[:, None, None], picture)
+
+
+def draw_matches(image: Tensor, crop: ZoomCrop, reference: Tensor, collage: Collage, side: int = 384, points: int = 9) -> Tensor:
+    """The crop and what of the reference `[3, H, W]` it was laid on, next to each other, with matched points in the same
+    colour: filled where crop and reference agree, hollow where they do not (sureness below a quarter). Lines lead from
+    those under the mask.
+
+    image   `[3, h, w]`, the crop's own
+    returns `[3, side, 2 side + gap]` in [0, 1]
+    """
+    gap, size = side // 16, collage.flow.shape[-1]
+    places = collage.flow.flatten(1)
+    low, high = places.amin(1), places.amax(1)
+    square = Box(*(int(value) for value in low), *(max(1, int(value)) for value in high - low)).square(max(1, int((high - low).max())))
+    sheet = Image.new("RGB", (2 * side + gap, side), "white")
+    marked = outline(resize(crop.box.crop(image), side, side), F.interpolate(crop.mask[None, None], (side, side))[0, 0], WHITE)
+    sheet.paste(Image.fromarray(to_bytes(marked)), (0, 0))
+    sheet.paste(Image.fromarray(to_bytes(resize(square.crop(reference, fill=1.0), side, side))), (side + gap, 0))
+    draw, radius = ImageDraw.Draw(sheet), max(2, side // 100)
+    steps = np.linspace(0.5 / points, 1 - 0.5 / points, points)
+    for row, v in enumerate(steps):
+        for column, u in enumerate(steps):
+            x, y = int(u * size), int(v * size)
+            if not collage.valid[y, x]:
+                continue
+            seen = (collage.flow[:, y, x] - torch.tensor([square.x, square.y])) / square.width * side
+            here, there = (u * side, v * side), (float(seen[0]) + side + gap, float(seen[1]))
+            colour = tuple(int(255 * value) for value in colorsys.hsv_to_rgb(column / points, 1.0 - 0.5 * row / points, 1.0))
+            if crop.mask[int(v * crop.mask.shape[0]), int(u * crop.mask.shape[1])] > 0.5:
+                draw.line([here, there], fill=colour, width=1)
+            sure = collage.sureness[y, x] >= 0.25
+            for a, b in (here, there):
+                draw.ellipse([a - radius, b - radius, a + radius, b + radius], fill=colour if sure else None, outline=colour if not sure else "black")
+    return torch.from_numpy(np.asarray(sheet).copy()).permute(2, 0, 1).float() / 255

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,8 +23,6 @@ from .zoom_crop import ZoomCrop, separate, zoom_crop
 
 MIN_AGREEMENT = 0.02
 """Of the cells, for their map to be believed; below, Eq. 5 decides."""
-SECONDED = 0.4
-"""Share of the confidence asked for that is enough where pixels and attention found about the same region."""
 CLOSE_UP = 2.5
 """Side of the reference that the next level of the alignment sees, in longer sides of M*."""
 
@@ -41,10 +40,11 @@ class Settings:
                        Eq. 5. Where they do not agree, Eq. 5 decides
     levels             passes of the dense alignment; from the second on over close-ups of mask and region found
     register           settle M* on the pixels around the mask, see `lay_over`; False = the paper
-    min_confidence     what the registration must reach to be used; below, the tokens alone guide
+    min_confidence     what the registration must reach to be used, 0 to 1; below, the tokens alone guide
     strength           how far the refinement may depart from the registered reference, see `refine`; default: the
                        model's `collage_strength` times what the confidence lacks to 1
-    detail_transfer    how much of the registered reference's high frequencies is carried into the result, 0 to 1
+    detail_transfer    how much of the registered reference's high frequencies is carried into the result, 0 to 1;
+                       0 leaves the registration out altogether: the paper's refinement
     region_margin      how much M* is grown before it is cut out, in shares of its longer side
     feather, colour_match           see `stitch`
     """
@@ -60,7 +60,7 @@ class Settings:
     dense: bool = True
     levels: int = 2
     register: bool = True
-    min_confidence: float = 0.45
+    min_confidence: float = 0.03
     strength: float | None = None
     detail_transfer: float = 1.0
     region_margin: float = 0.12
@@ -73,21 +73,43 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Match:
+    """What an artifact corresponds to: which of the references, M* on it, and that laid over the crop, however surely."""
+
+    reference: int
+    region: MatchedRegion | None
+    collage: Collage | None
+
+    @property
+    def sureness(self) -> tuple[float, float]:
+        """To choose among references by: the confidence, or else how far the attention agrees."""
+        placement = self.region.placement if self.region else None
+        return self.collage.confidence if self.collage else 0.0, placement.agreement if placement else 0.0
+
+
+@dataclass(frozen=True)
 class Refined:
-    """image `[3, H, W]`; regions, one M* an artifact, `None` where the whole reference was used; confidences of
-    the registration, `None` where there was none."""
+    """image `[3, H, W]`, and of each artifact the match: its `region` is `None` where the whole reference was used."""
 
     image: Tensor
-    regions: list[MatchedRegion | None]
-    confidences: list[float | None] = field(default_factory=list)
+    matches: list[Match]
+
+    @property
+    def regions(self) -> list[MatchedRegion | None]:
+        return [match.region for match in self.matches]
+
+    @property
+    def confidences(self) -> list[float | None]:
+        """Of the registrations, used or not; `None` where there was none."""
+        return [match.collage.confidence if match.collage else None for match in self.matches]
 
 
 def refine_by_align(
     model: RefineByAlign,
     image: Tensor,
     mask: Tensor,
-    reference: Tensor,
-    reference_mask: Tensor | None = None,
+    reference: Tensor | Sequence[Tensor],
+    reference_mask: Tensor | Sequence[Tensor | None] | None = None,
     *,
     settings: Settings = Settings(),
     seed: int = 0,
@@ -98,30 +120,63 @@ def refine_by_align(
     image, reference        `[3, H, W]` in [0, 1], each of its own size
     mask, reference_mask    `[H, W]`, above 0.5 = the artifact, the object; no reference mask = the whole picture
 
-    Outside the mask the result equals the image bit for bit. The same seed gives the same result.
+    Of several references of one object, with as many masks, each artifact takes the one that it is found in most
+    surely. Outside the mask the result equals the image bit for bit. The same seed gives the same result.
     """
-    check_inputs(image, mask, reference, reference_mask)
-    if reference_mask is None:
-        reference_mask = torch.ones(reference.shape[-2:])
+    references, reference_masks = together(reference, reference_mask)
+    for number, (picture, selection) in enumerate(zip(references, reference_masks), 1):
+        check_inputs(image, mask, picture, selection, f" {number}" if len(references) > 1 else "")
     if settings.on_flat not in ("error", "single-stage"):
         raise InputError("on_flat", f"is {settings.on_flat!r}", "use error or single-stage")
     if settings.levels < 1:
         raise InputError("levels", f"is {settings.levels}", "use 1 or more")
-    whole = encode_reference(model, reference, reference_mask)
+    wholes = [encode_reference(model, picture, torch.ones(picture.shape[-2:]) if selection is None else selection) for picture, selection in zip(references, reference_masks)]
     artifacts = [mask] if settings.one_crop else separate(mask)
-    result, regions, confidences = image, [], []
+    result, matches = image, []
     for index, artifact in enumerate(artifacts):
         crop = zoom_crop(result, artifact, model.config.image_size, context=model.config.context if settings.context is None else settings.context, multiple=model.stride)
-        guide, collage = whole, None
-        region = None if settings.single_stage else find_region(model, result, artifact, crop, reference, whole, settings, seed)
-        if region is not None:
-            region, collage = register(crop, reference, whole.mask, region, result, settings)
-            guide = encode_reference(model, reference, grow(region, settings.region_margin) * whole.mask)
+        match = best_match(model, result, artifact, crop, references, wholes, settings, seed)
+        guide, collage = wholes[match.reference], believed(match.collage, settings)
+        if match.region is not None:
+            guide = encode_reference(model, references[match.reference], grow(match.region, settings.region_margin) * guide.mask)
         told = progress and (lambda done, total, index=index: progress(index * total + done, len(artifacts) * total))
         result = redraw(model, result, artifact, crop, guide, collage, settings, seed, told)
-        regions.append(region)
-        confidences.append(collage.confidence if collage else None)
-    return Refined(result, regions, confidences)
+        matches.append(match)
+    return Refined(result, matches)
+
+
+def together(reference: Tensor | Sequence[Tensor], reference_mask: Tensor | Sequence[Tensor | None] | None) -> tuple[list[Tensor], list[Tensor | None]]:
+    """References and their masks as lists of one length."""
+    references = [reference] if isinstance(reference, Tensor) else list(reference)
+    if reference_mask is None:
+        reference_mask = [None] * len(references)
+    reference_masks = [reference_mask] if isinstance(reference_mask, Tensor) else list(reference_mask)
+    if not references:
+        raise InputError("reference", "is missing", "give at least one photo of the object")
+    if len(reference_masks) != len(references):
+        raise InputError("reference mask", f"is given {len(reference_masks)} times for {len(references)} references", "give one for each reference, or none")
+    return references, reference_masks
+
+
+def best_match(
+    model: RefineByAlign, image: Tensor, mask: Tensor, crop: ZoomCrop, references: Sequence[Tensor], wholes: Sequence[EncodedReference], settings: Settings, seed: int
+) -> Match:
+    """The surest of what each reference gives for one artifact. Raises `InputError` where alignment finds nothing in any."""
+    if settings.single_stage:
+        return Match(0, None, None)
+    matches, flat = [], None
+    for index, (reference, whole) in enumerate(zip(references, wholes)):
+        try:
+            region, collage = find_region(model, image, mask, crop, reference, whole, settings, seed), None
+        except InputError as error:
+            flat = error
+            continue
+        if region is not None and settings.register and settings.detail_transfer > 0:
+            region, collage = register(crop, reference, whole.mask, region, image, settings)
+        matches.append(Match(index, region, collage))
+    if not matches:
+        raise flat
+    return max(matches, key=lambda match: match.sureness)
 
 
 def find_region(
@@ -163,16 +218,17 @@ def close_up(region: MatchedRegion, object_mask: Tensor) -> Tensor:
 
 def register(
     crop: ZoomCrop, reference: Tensor, object_mask: Tensor, region: MatchedRegion, image: Tensor, settings: Settings
-) -> tuple[MatchedRegion, Collage | None]:
-    """M* to the pixel and the collage it gives; M* as it was and `None` where the pictures do not agree."""
-    if not settings.register:
-        return region, None
+) -> tuple[MatchedRegion, Collage]:
+    """The reference laid over the crop, and M* to the pixel; M* as it was where that is not to be believed."""
     collage = lay_over(crop, reference, object_mask, region, image)
-    alike = float((collage.region * region.mask).sum() / torch.maximum(collage.region, region.mask).sum().clamp(min=1))
-    needed = settings.min_confidence * (SECONDED if region.placement is not None and alike > 0.5 else 1.0)
-    if collage.confidence < needed or not collage.region.any():
-        return region, None
-    return MatchedRegion(collage.region, Box.around(collage.region), collage.region), collage
+    if believed(collage, settings) is None:
+        return region, collage
+    return MatchedRegion(collage.region, Box.around(collage.region), collage.region, region.placement), collage
+
+
+def believed(collage: Collage | None, settings: Settings) -> Collage | None:
+    """The collage, unless it is too unsure or shows nothing under the mask."""
+    return collage if collage is not None and collage.confidence >= settings.min_confidence and collage.region.any() else None
 
 
 def redraw(
@@ -199,8 +255,9 @@ def grow(region: MatchedRegion, margin: float) -> Tensor:
     return torch.from_numpy(near).float()
 
 
-def check_inputs(image: Tensor, mask: Tensor, reference: Tensor, reference_mask: Tensor | None) -> None:
-    for name, picture in (("image", image), ("reference", reference)):
+def check_inputs(image: Tensor, mask: Tensor, reference: Tensor, reference_mask: Tensor | None, which: str = "") -> None:
+    """which: " 2", say, in the words of an error on one of several references."""
+    for name, picture in (("image", image), (f"reference{which}", reference)):
         if picture.ndim != 3 or picture.shape[0] != 3:
             raise InputError(name, f"has shape {tuple(picture.shape)}", "give RGB as [3, H, W]")
         if min(picture.shape[-2:]) < 16:
@@ -211,7 +268,7 @@ def check_inputs(image: Tensor, mask: Tensor, reference: Tensor, reference_mask:
             raise InputError(name, f"has values from {picture.amin():.3g} to {picture.amax():.3g}", "scale it to 0..1")
     check_mask("mask", mask, "image", image)
     if reference_mask is not None:
-        check_mask("reference mask", reference_mask, "reference", reference)
+        check_mask(f"reference mask{which}", reference_mask, "reference", reference)
     if (mask > 0.5).all():
         raise InputError("mask", "covers the whole image", "leave some surroundings unpainted: they tell where the part belongs")
 

@@ -11,6 +11,8 @@ from rba_core.geometry import Box
 from rba_core.pipeline import Settings, check_inputs, grow, refine_by_align
 from rba_core.postprocessing import MatchedRegion
 
+GREY = torch.full((3, 40, 50), 0.5)
+
 
 def run(model, scene, **changes):
     settings = {f.name: changes.pop(f.name) for f in fields(Settings) if f.name in changes}
@@ -237,28 +239,83 @@ def test_where_they_do_not_agree_the_region_stays_as_it_was(model, same_product)
     scene, about = same_product
     other = replace(scene, reference=torch.rand(scene.reference.shape, generator=torch.Generator().manual_seed(8)))
     result = run(model, other)
-    assert result.confidences == [None] and torch.equal(result.regions[0].mask, about)
+    assert result.confidences[0] < Settings().min_confidence and torch.equal(result.regions[0].mask, about)
+    assert torch.equal(result.image, run(model, other, register=False).image)  # never a wrong paste
 
 
-@pytest.mark.parametrize("changes", [dict(register=False), dict(min_confidence=1.1), dict(single_stage=True)])
+@pytest.mark.parametrize("changes", [dict(register=False), dict(detail_transfer=0.0), dict(min_confidence=1.1), dict(single_stage=True)])
 def test_registration_can_be_left_out(model, same_product, changes):
     scene, about = same_product
     result = run(model, scene, **changes)
-    assert result.confidences == [None]
+    assert (result.confidences == [None]) == ("min_confidence" not in changes)
     assert result.regions[0] is None if "single_stage" in changes else torch.equal(result.regions[0].mask, about)
 
 
-@pytest.mark.parametrize("confidence, shift, seconded, used", [(0.3, 0, True, True), (0.3, 0, False, False), (0.3, 40, True, False), (0.1, 0, True, False), (0.5, 40, False, True)])
-def test_less_confidence_is_enough_where_attention_found_the_same_region(scene, monkeypatch, confidence, shift, seconded, used):
+def test_without_detail_transfer_it_is_the_papers_refinement(model, same_product):
+    scene, _ = same_product
+    assert torch.equal(run(model, scene, detail_transfer=0.0).image, run(model, scene, register=False).image)
+
+
+@pytest.mark.parametrize("confidence, believed", [(0.3, True), (0.2, False)])
+def test_the_confidence_decides_whether_the_collage_is_used(scene, monkeypatch, confidence, believed):
     found = torch.zeros(96, 130)
     found[30:50, 40:70] = 1
-    placement = Placement(torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]), Box(0, 0, 64, 64), 0.2)
-    region = MatchedRegion(found, Box.around(found), found, placement if seconded else None)
-    collage = Collage(torch.rand(3, 64, 64), torch.ones(64, 64), found.roll(shift, 1), confidence)
+    collage = Collage(torch.rand(3, 64, 64), torch.ones(64, 64), found.roll(5, 1), confidence)
     monkeypatch.setattr(pipeline, "lay_over", lambda *_: collage)
-    settled, laid = pipeline.register(None, scene.reference, torch.ones(96, 130), region, scene.image, Settings(min_confidence=0.45))
-    assert laid is (collage if used else None)
-    assert torch.equal(settled.mask, collage.region if used else found)
+    settings = Settings(min_confidence=0.25)
+    settled, laid = pipeline.register(None, scene.reference, torch.ones(96, 130), MatchedRegion(found, Box.around(found), found), scene.image, settings)
+    assert laid is collage and pipeline.believed(laid, settings) is (collage if believed else None)
+    assert torch.equal(settled.mask, collage.region if believed else found)
+
+
+def test_of_several_references_the_surest_is_taken(model, same_product):
+    scene, _ = same_product
+    noise = torch.rand(3, 70, 90, generator=torch.Generator().manual_seed(8))
+    alone = run(model, scene)
+    for references, masks, place in (([noise, scene.reference], [None, scene.reference_mask], 1), ([scene.reference, noise], [scene.reference_mask, None], 0)):
+        result = refine_by_align(model, scene.image, scene.mask, references, masks)
+        assert result.matches[0].reference == place
+        assert torch.equal(result.image, alone.image) and result.confidences == alone.confidences
+
+
+@pytest.mark.parametrize("agreements", [(0.02, 0.3), (0.3, 0.02), (None, 0.02)])
+def test_without_registration_attention_chooses_the_reference(model, scene, monkeypatch, agreements):
+    def found(model, image, mask, crop, reference, whole, settings, seed):
+        agreement = agreements[0 if reference is scene.reference else 1]
+        placement = None if agreement is None else Placement(torch.eye(2, 3), Box(0, 0, 64, 64), agreement, torch.ones(1, 1), Box(0, 0, 9, 9), torch.ones(1))
+        return MatchedRegion(whole.mask, Box.around(whole.mask), whole.mask, placement)
+
+    monkeypatch.setattr(pipeline, "find_region", found)
+    result = refine_by_align(model, scene.image, scene.mask, [scene.reference, GREY], settings=Settings(register=False))
+    assert result.matches[0].reference == (0 if agreements == (0.3, 0.02) else 1)
+
+
+def test_a_reference_in_which_nothing_is_found_does_not_stop_the_others(model, same_product):
+    scene, _ = same_product
+    flat = run(model, scene)
+    with pytest.MonkeyPatch.context() as patch:
+        usual = pipeline.find_region
+
+        def blind(model, image, mask, crop, reference, whole, settings, seed):
+            if reference is GREY:
+                raise InputError("alignment", "gave a flat map", "")
+            return usual(model, image, mask, crop, reference, whole, settings, seed)
+
+        patch.setattr(pipeline, "find_region", blind)
+        result = refine_by_align(model, scene.image, scene.mask, [GREY, scene.reference], [None, scene.reference_mask])
+        assert result.matches[0].reference == 1 and torch.equal(result.image, flat.image)
+        with pytest.raises(InputError, match="flat map"):
+            refine_by_align(model, scene.image, scene.mask, [GREY])
+
+
+@pytest.mark.parametrize(
+    "references, masks, message",
+    [([], None, "reference: is missing"), ([GREY, GREY], [None], "reference mask: is given 1 times for 2 references"), ([GREY, GREY * 9], None, "reference 2: has values from")],
+)
+def test_several_references_that_do_not_fit_are_told_of(model, scene, references, masks, message):
+    with pytest.raises(InputError) as caught:
+        refine_by_align(model, scene.image, scene.mask, references, masks)
+    assert message in str(caught.value)
 
 
 def test_detail_of_the_reference_is_carried_into_the_result_in_the_amount_asked_for(model, same_product):

@@ -1,0 +1,397 @@
+"""Registration: the warp that lays the reference over the crop, settled on the pixels around the mask.
+
+Attention says roughly where, how large and how turned. What surrounds the mask is right in both pictures, so the rest
+is settled there: a search by normalised cross-correlation, Gauss-Newton on an affine map from coarse to fine, and then
+on the quadratic one that perspective and curved surfaces need. What lies under the mask has no say.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dense_correspondence import Placement, centres
+from .geometry import Box, resize
+
+SEARCH, COARSE, MIDDLE, FINE, FINEST = 48, 32, 64, 128, 192
+"""Sides of the crop, pixels: while searching, and while fitting."""
+SCALES = tuple(1.13**step for step in range(-4, 5))
+ROTATIONS = tuple(math.radians(angle) for angle in range(-36, 37, 9))
+REACH = 1.0
+"""How far the centre may lie from where attention has it, in half sides of the crop."""
+CANDIDATES = 16
+KEPT = 6, 2
+"""Candidates that go on from COARSE to MIDDLE, and to FINE."""
+PRIOR = 0.03
+SPREAD = 0.15, 0.15, 0.12
+"""What attention errs by: shift in half sides, logarithm of the scale, radians. Its 60th to 75th percentiles on the
+synthetic validation split."""
+LOOSER = 2.0
+"""How much more M* may err where no map came with it."""
+CURVATURE = 1e-3
+"""Stiffness of the quadratic terms, in shares of what the pixels say of the affine ones."""
+DETAIL, ATTENTION = 1.3, 0.2
+"""What local correlation and attention count against 1 for the correlation, where candidates compete."""
+WINDOW, FAINT = 11, 3e-4
+"""Of the local correlation: side in pixels of FINE, and the variance below which a window is flat."""
+UNLIKE = 0.25, 0.3
+"""Apart from the best candidate by this shift, in half sides, or log scale, another one is a rival."""
+CALIBRATION = (4.21, 5.43, 1.41, 7.04, -4.46), -12.26
+"""Log-odds that a registration is right: what each of `Registration.evidence` counts, and the constant. A logistic
+regression over items of the validation split, with and without photos for textures, with right references and with ones
+made to fail (`rba bench doubt --calibrate`)."""
+UNKNOWN = 1.2
+"""For the attention's evidence where there is none."""
+
+
+@dataclass(frozen=True)
+class Registration:
+    """warp         `[2, K]`: (x, y) in [-1, 1] over the crop -> pixels of the reference, over `polynomials`
+    agreement    `[FINE, FINE]`, local correlation of crop and reference, 0 to 1; under the mask that of its surround
+    evidence     correlation, local correlation, attention there, lead over the best rival, lead of the mirrored reference
+    confidence   that it is right, 0 to 1
+    """
+
+    warp: Tensor
+    agreement: Tensor
+    evidence: tuple[float, ...]
+    confidence: float
+
+
+def register(picture: Tensor, mask: Tensor, reference: Tensor, reference_mask: Tensor, start: Tensor, placement: Placement | None = None, box: Box | None = None) -> Registration:
+    """Register a reference `[3, H, W]` to a square crop.
+
+    picture     `[3, S, S]` in [0, 1], the crop
+    mask        `[S', S']` in {0, 1}, M_a in it
+    start       `[2, 3]`, (x, y) in [-1, 1] over the crop -> pixels of the reference, roughly
+    placement   what attention saw, if it is to have a say; box: of the crop in the image
+    """
+    half_side = float(torch.linalg.det(start[:, :2]).abs().sqrt())
+    looser = LOOSER if placement is None else 1.0
+
+    def view(size: int) -> _View:
+        return _View.of(picture, mask, reference, reference_mask, size, half_side)
+
+    def attended(warps: Tensor) -> Tensor:
+        if placement is None:
+            return -PRIOR / ATTENTION * _departure(warps, start, looser)
+        return attention_at(placement, box, warps)
+
+    warps = _search(view(SEARCH), start, looser)
+    if placement is not None:
+        warps = torch.cat([warps, _variations(start)])
+    lead = 0.0
+    for size, kept, rounds, cut in ((COARSE, KEPT[0], 12, 0.2), (MIDDLE, KEPT[1], 8, 0.1)):
+        seen = view(size)
+        warps, score = seen.fit(warps, 1, rounds, cut)
+        score = score + DETAIL * seen.local_correlation(warps)[0] + ATTENTION * attended(warps)
+        if size == COARSE:
+            lead = _lead(warps, score, half_side)
+        warps = warps[score.topk(min(kept, len(score))).indices]
+    seen = view(FINE)
+    warps, _ = seen.fit(warps, 1, 8, 0.1)
+    warps, score = seen.fit(warps, 2, 10, 0.07)
+    best = int((score + DETAIL * seen.local_correlation(warps)[0] + ATTENTION * attended(warps)).argmax())
+    warp, correlation = warps[best : best + 1], float(score[best])
+    if picture.shape[-1] > FINE:
+        warp, _ = view(min(FINEST, picture.shape[-1])).fit(warp, 2, 6, 0.07)
+    local, agreement = seen.local_correlation(warp)
+    support = UNKNOWN if placement is None else float(attention_at(placement, box, warp)[0])
+    evidence = correlation, float(local[0]), support, min(lead, 0.3), _mirrored_lead(view, warp[..., :3], start)
+    weights, constant = CALIBRATION
+    log_odds = constant + sum(weight * value for weight, value in zip(weights, evidence))
+    return Registration(warp[0], seen.carried_under_the_mask(agreement[0]), evidence, 1 / (1 + math.exp(-log_odds)))
+
+
+def polynomials(points: Tensor, degree: int) -> Tensor:
+    """Products of Legendre polynomials of (x, y), `[..., 2]` -> `[..., K]`: x, y, 1 and for degree 2 those of x², xy, y²."""
+    x, y = points.unbind(-1)
+    terms = [x, y, torch.ones_like(x)]
+    if degree == 2:
+        terms += [(3 * x * x - 1) / 2, x * y, (3 * y * y - 1) / 2]
+    return torch.stack(terms, -1)
+
+
+def warped(warp: Tensor, points: Tensor) -> Tensor:
+    """Points `[..., 2]` of the crop in [-1, 1] -> pixels of the reference; of warps `[N, 2, K]`: `[N, ..., 2]`."""
+    basis = polynomials(points, 1 if warp.shape[-1] == 3 else 2)
+    return torch.einsum("...k,nik->n...i", basis, warp) if warp.ndim == 3 else basis @ warp.T
+
+
+def grid(size: int) -> Tensor:
+    """Centres of a crop's pixels, `[size, size, 2]` in [-1, 1]."""
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([x, y], -1)
+
+
+def carry_back(mask: Tensor, warp: Tensor, height: int, width: int) -> Tensor:
+    """A crop's mask `[S, S]` as it lies on the reference, `[height, width]` in {0, 1}; the warp is inverted by Newton's method."""
+    carried = torch.zeros(height, width)
+    landed = warped(warp, grid(mask.shape[-1])[mask > 0.5])
+    low, high = landed.amin(0).floor().long() - 2, landed.amax(0).ceil().long() + 2
+    columns, rows = (torch.arange(extent)[max(0, int(a)) : max(0, int(b))] for a, b, extent in zip(low, high, (width, height)))
+    if not len(columns) or not len(rows):
+        return carried
+    wanted = torch.stack(torch.meshgrid(columns + 0.5, rows + 0.5, indexing="xy"), -1)
+    points = (wanted - warp[:, 2]) @ torch.linalg.inv(warp[:, :2]).T
+    if warp.shape[1] > 3:
+        for _ in range(6):
+            points = points.clamp(-2, 2)
+            x, y = points.unbind(-1)
+            a, b = (warp[:, i, None, None] + warp[:, 3 + 2 * i, None, None] * 3 * z + warp[:, 4, None, None] * other for i, z, other in ((0, x, y), (1, y, x)))
+            determinant = a[0] * b[1] - a[1] * b[0]
+            missing = wanted - warped(warp, points)
+            step = torch.stack([b[1] * missing[..., 0] - b[0] * missing[..., 1], a[0] * missing[..., 1] - a[1] * missing[..., 0]], -1)
+            points = points + step / torch.where(determinant.abs() < 1e-6, 1e-6, determinant)[..., None]
+    seen = F.grid_sample(mask[None, None].float(), points[None], align_corners=False)[0, 0]
+    carried[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = (seen > 0.5).float()
+    return carried
+
+
+def attention_at(placement: Placement, box: Box, warps: Tensor) -> Tensor:
+    """How much more than evenly the cells of the placement's crop look where warps `[N, 2, K]` send them: mean
+    logarithm, `[N]`. About 2 where it is right, 0 by chance."""
+    side, tokens = (round(extent**0.5) for extent in placement.attention.shape)
+    cells = torch.from_numpy(centres(side)).float()
+    frame = placement.box
+    pixels = cells * torch.tensor([frame.width, frame.height]) / 2 + torch.tensor([frame.x + frame.width / 2, frame.y + frame.height / 2])
+    points = (pixels - torch.tensor([box.x + box.width / 2, box.y + box.height / 2])) / torch.tensor([box.width, box.height]) * 2
+    square = placement.square
+    sent = warped(warps[..., :3], points) - torch.tensor([square.x + square.width / 2, square.y + square.height / 2])
+    sent = sent / torch.tensor([square.width, square.height]) * 2
+    maps = placement.attention.float().cpu().view(-1, 1, tokens, tokens) * tokens**2
+    shares = F.grid_sample(maps, sent.movedim(0, 1)[:, :, None], align_corners=False)[:, 0, :, 0]
+    near = placement.weight / placement.weight.sum()
+    return near @ torch.log(0.3 + shares)
+
+
+@dataclass(frozen=True)
+class _View:
+    """The crop at one size, and the reference at the size that it then has."""
+
+    target: Tensor
+    hole: Tensor
+    near: Tensor
+    layers: Tensor
+    shrink: float
+
+    @staticmethod
+    def of(picture: Tensor, mask: Tensor, reference: Tensor, reference_mask: Tensor, size: int, half_side: float) -> _View:
+        hole = F.adaptive_avg_pool2d(mask[None, None].float(), size)[0, 0] if mask.shape[-1] >= size else resize(mask[None].float(), size, size)[0]
+        layers, shrink = shrunk(reference, reference_mask, size / 2 / half_side)
+        return _View(resize(picture, size, size), hole, nearness(hole), layers, shrink)
+
+    def sampled(self, warps: Tensor, points: Tensor) -> Tensor:
+        """The layers where warps `[N, 2, K]` send points `[h, w, 2]`, `[N, 4, h, w]`."""
+        return _sample(self.layers, warped(warps, points) * self.shrink)
+
+    def fit(self, warps: Tensor, degree: int, rounds: int, cut: float) -> tuple[Tensor, Tensor]:
+        """Gauss-Newton, tone refitted in each round, residuals beyond `cut` held for outliers: the best of each warp's
+        rounds and their scores `[N]`."""
+        size, count = self.target.shape[-1], len(warps)
+        points = grid(size)
+        basis = polynomials(points, degree).movedim(-1, 0)
+        terms = len(basis)
+        warps = F.pad(warps, (0, terms - warps.shape[-1])) * self.shrink
+        stiffness = torch.zeros(2, terms)
+        stiffness[:, 3:] = CURVATURE
+        best, best_score = warps, torch.full((count,), -torch.inf)
+        for turn in range(rounds + 1):
+            places = warped(warps, points)
+            shown = _sample(self.layers, places)
+            weight = self.near * (shown[:, 3] > 0.99)
+            toned, gain = _toned(shown[:, :3], self.target, weight, points)
+            score = self._score(toned, shown[:, 3], weight)
+            better = score > best_score
+            best, best_score = torch.where(better[:, None, None], warps, best), torch.where(better, score, best_score)
+            if turn == rounds:
+                break
+            nudge = torch.linalg.matrix_norm(warps[..., :2])[:, None, None, None] / size  # about half a pixel of the crop
+            offsets = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+            beside = _sample(self.layers, (places[:, None] + offsets[:, None, None] * nudge[..., None]).flatten(0, 1)).unflatten(0, (count, 4))
+            slope_x, slope_y = ((beside[:, i, :3] - beside[:, i + 1, :3]) / (2 * nudge) * gain[..., None, None] for i in (0, 2))
+            residual = self.target - toned
+            robust = weight * (beside[:, :, 3] > 0.99).all(1) / (1 + (residual / cut).square().mean(1))
+            jacobian = torch.cat([slope_x[:, :, None] * basis, slope_y[:, :, None] * basis], 2).transpose(1, 2).flatten(2)
+            weighted = jacobian * robust[:, None].expand(-1, 3, -1, -1).flatten(1)[:, None]
+            normal, pull = weighted @ jacobian.mT, (weighted @ residual.flatten(1)[..., None])[..., 0]
+            known = normal.diagonal(dim1=1, dim2=2)
+            stiff = stiffness.flatten() * known[:, :3].mean(1, keepdim=True)
+            damping = (0.02 * known.mean(1, keepdim=True) + 1e-6).expand_as(known)
+            step = torch.linalg.solve(normal + torch.diag_embed(stiff + damping), pull - stiff * warps.flatten(1))
+            warps = warps + step.view(count, 2, terms)
+        return best / self.shrink, best_score
+
+    def _score(self, toned: Tensor, valid: Tensor, weight: Tensor) -> Tensor:
+        """Correlation of the surround `[N]`, less where the object does not show there, or does not fill the hole."""
+        covered, filled = weight.sum((1, 2)) / self.near.sum(), (valid * self.hole).sum((1, 2)) / self.hole.sum()
+        score = _correlation(toned, self.target, weight) * (covered / 0.6).clamp(max=1) - (1 - filled)
+        return torch.where(covered < 0.1, -2.0, score)
+
+    def local_correlation(self, warps: Tensor) -> tuple[Tensor, Tensor]:
+        """Correlation in small windows, all channels: the mean over the surround where the crop has detail `[N]`, and
+        the map `[N, S, S]`. Likeness of broad colours counts for nothing here."""
+        size = self.target.shape[-1]
+        shown = self.sampled(warps, grid(size))
+        valid = ((shown[:, 3:] > 0.99) & (self.hole < 0.5)).float()
+        window = (WINDOW * size // FINE) | 1
+
+        def mean(values: Tensor) -> Tensor:
+            return F.avg_pool2d(values, window, 1, window // 2, count_include_pad=False)
+
+        share = mean(valid).clamp(min=1e-3)
+        picture, target = shown[:, :3] * valid, self.target * valid
+        own, other = mean(picture) / share, mean(target) / share
+        variances = [(mean(values**2) / share - middle**2).clamp(min=0).sum(1) + FAINT for values, middle in ((picture, own), (target, other))]
+        joint = (mean(picture * target) / share - own * other).sum(1)
+        correlation = joint / (variances[0] * variances[1]).sqrt()
+        weight = self.near * valid[:, 0] * variances[1].sqrt()
+        return (correlation * weight).sum((1, 2)) / (weight.sum((1, 2)) + 1e-6), correlation
+
+    def carried_under_the_mask(self, agreement: Tensor) -> Tensor:
+        """A map `[S, S]` with what is known beside the mask spread under it, 0 to 1."""
+        size = agreement.shape[-1]
+        beside = self.near * (self.hole < 0.5)
+        spread = _blurred(torch.stack([agreement.clamp(min=0) * beside, beside]), size // 8)
+        return torch.where(self.hole < 0.5, agreement, spread[0] / spread[1].clamp(min=1e-6)).clamp(0, 1)
+
+
+def nearness(hole: Tensor) -> Tensor:
+    """How much each pixel of the crop `[S, S]` counts: most next to the mask, nothing under it."""
+    small = hole if hole.shape[-1] <= FINEST else F.adaptive_avg_pool2d(hole[None], FINEST)[0]
+    near = _blurred(small[None], small.shape[-1] // 12)
+    near = F.interpolate(near[None], hole.shape, mode="bilinear")[0, 0]
+    return torch.where(hole > 0.5, 0.0, (near / near.max().clamp(min=1e-6)).sqrt())
+
+
+def shrunk(reference: Tensor, mask: Tensor, factor: float) -> tuple[Tensor, float]:
+    """`[4, H, W]`, the picture where the object is and the object, shrunk by `factor` if that is below 1."""
+    factor = min(1.0, factor)
+    size = [max(8, round(extent * factor)) for extent in mask.shape]
+    mask = resize(mask[None], *size)
+    return torch.cat([resize(reference, *size) * mask, mask]), factor
+
+
+def _blurred(values: Tensor, reach: int) -> Tensor:
+    """Three box filters, nearly a Gaussian, over `[C, S, S]`."""
+    for _ in range(3):
+        values = F.avg_pool2d(values, 2 * reach + 1, 1, reach, count_include_pad=False)
+    return values
+
+
+def _sample(layers: Tensor, places: Tensor) -> Tensor:
+    """Layers `[C, H, W]` at pixels `[N, h, w, 2]` of them, `[N, C, h, w]`."""
+    frame = torch.tensor([layers.shape[2], layers.shape[1]])
+    rows = (places / frame * 2 - 1).flatten(0, 1)[None]
+    return F.grid_sample(layers[None], rows, align_corners=False)[0].unflatten(1, places.shape[:2]).movedim(1, 0)
+
+
+def _toned(shown: Tensor, target: Tensor, weight: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures `[N, 3, S, S]` in the target's tone, and each channel's gain `[N, 3]` in 0.5-2: least squares over a gain
+    and an offset that changes linearly over the crop, as light does."""
+    total = weight.sum((1, 2))[:, None, None, None].clamp(min=1e-6)
+    centred = shown - (shown * weight[:, None]).sum((2, 3), keepdim=True) / total
+    plane = polynomials(points, 1).movedim(-1, 0).expand(*shown.shape[:2], -1, -1, -1)
+    design = torch.cat([plane, centred[:, :, None]], 2).flatten(3)
+    weighted = design * weight.flatten(1)[:, None, None]
+    prior = 1e-3 * total * torch.tensor([1.0, 1.0, 0.0, 1.0]) + 1e-6
+    pull = (weighted @ target.flatten(1)[..., None])[..., 0] + 1e-3 * total[..., 0] * torch.tensor([0.0, 0.0, 0.0, 1.0])
+    found = torch.linalg.solve(weighted @ design.mT + torch.diag_embed(prior[:, :, 0]), pull)
+    gain = found[..., 3].clamp(0.5, 2)
+    fitted = torch.cat([found[..., :3], gain[..., None]], -1)
+    return (fitted[..., None] * design).sum(2).view_as(shown).clamp(0, 1), gain
+
+
+def _correlation(pictures: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Of pictures `[N, 3, S, S]` with the target, all channels, `[N]`."""
+    weight = weight[:, None]
+    total = weight.sum((1, 2, 3), keepdim=True).clamp(min=1e-6)
+    pictures, target = (values - (values * weight).sum((2, 3), keepdim=True) / total for values in (pictures, target))
+    joint, own, other = ((a * b * weight).sum((1, 2, 3)) / total.flatten() for a, b in ((pictures, target), (pictures, pictures), (target, target)))
+    return joint / ((own + 1e-3) * (other + 1e-3)).sqrt()
+
+
+def _search(seen: _View, start: Tensor, looser: float) -> Tensor:
+    """The best shifts, scales and rotations about a start: `[CANDIDATES, 2, 3]`."""
+    turns = [(scale, angle) for scale in SCALES for angle in ROTATIONS]
+    similarities = torch.stack([scale * torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) for scale, angle in turns])
+    linear = start[:, :2] @ similarities
+    placements = torch.cat([linear, start[:, 2].expand(len(turns), 2)[..., None]], -1)
+    window = seen.sampled(placements, grid(round(SEARCH * (1 + REACH))) * (1 + REACH))
+    shown, valid = window[:, :3], window[:, 3:]  # the picture is 0 where not valid
+
+    def correlate(kernel: Tensor, field: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft2(field) * torch.fft.rfft2(kernel, s=field.shape[-2:]).conj()
+        side = field.shape[-1] - SEARCH + 1
+        return torch.fft.irfft2(spectrum, s=field.shape[-2:])[..., :side, :side]
+
+    weight, template = seen.near, seen.target
+    covered = correlate(weight, valid).clamp(min=1e-6)
+    mean_t, mean_f = correlate(weight * template, valid) / covered, correlate(weight, shown) / covered
+    spread_t = correlate(weight * template**2, valid) / covered - mean_t**2
+    spread_f = correlate(weight, shown**2) / covered - mean_f**2
+    joint = correlate(weight * template, shown) / covered - mean_t * mean_f
+    score = joint.sum(1) / ((spread_t.clamp(min=0).sum(1) + 1e-3) * (spread_f.clamp(min=0).sum(1) + 1e-3)).sqrt()
+    score = score * (covered[:, 0] / weight.sum() / 0.6).clamp(max=1)
+    score = score - (1 - correlate(seen.hole, valid)[:, 0] / seen.hole.sum())  # the object must fill what is to be redrawn
+
+    offsets = torch.linspace(-REACH, REACH, score.shape[-1])
+    shifts = torch.stack(torch.meshgrid(offsets, offsets, indexing="xy"), -1)
+    scales, angles = torch.tensor(turns).T[..., None, None]
+    strayed = (scales * shifts.norm(dim=-1) / SPREAD[0]) ** 2 + (scales.log() / SPREAD[1]) ** 2 + (angles / SPREAD[2]) ** 2
+    score = score - PRIOR * torch.log1p(strayed / looser**2)
+    # a peak is highest among its neighbours in position, scale and rotation
+    around = F.max_pool2d(score[:, None], 5, 1, 2).view(1, 1, len(SCALES), len(ROTATIONS), -1)
+    around = F.max_pool3d(around, (3, 3, 1), 1, (1, 1, 0)).view_as(score)
+    best = torch.where(score >= around, score, -torch.inf).flatten().topk(CANDIDATES).indices
+    turn, place = best // len(offsets) ** 2, best % len(offsets) ** 2
+    moved = start[:, 2] + (linear[turn] @ shifts.flatten(0, 1)[place][..., None])[..., 0]
+    return torch.cat([linear[turn], moved[..., None]], -1)
+
+
+def _variations(start: Tensor) -> Tensor:
+    """A start and what it may have missed by: `[N, 2, 3]`."""
+    cos, sin = math.cos(0.25), math.sin(0.25)
+    linear = [[[0.8, 0], [0, 0.8]], [[1.25, 0], [0, 1.25]], [[0.9, 0], [0, 1.12]], [[1.12, 0], [0, 0.9]], [[cos, sin], [-sin, cos]], [[cos, -sin], [sin, cos]]]
+    shifts = [[0.0, 0.0], [0.25, 0.0], [-0.25, 0.0], [0.0, 0.25], [0.0, -0.25]]
+    moves = [torch.tensor([[1, 0, x], [0, 1, y], [0, 0, 1]]) for x, y in shifts]
+    moves += [F.pad(torch.tensor(matrix), (0, 1, 0, 1)) + torch.diag(torch.tensor([0.0, 0.0, 1.0])) for matrix in linear]
+    return start @ torch.stack(moves)
+
+
+def _departure(warps: Tensor, start: Tensor, looser: float) -> Tensor:
+    """Logarithm of how far affine warps `[N, 2, K]` lie from a start, in what attention errs by, `[N]`."""
+    back = torch.linalg.inv(start[:, :2])
+    linear, shift = back @ warps[..., :2], (warps[..., 2] - start[:, 2]) @ back.T
+    scale = 0.5 * torch.linalg.det(linear).clamp(min=1e-3).log()
+    angle = torch.atan2(linear[:, 1, 0] - linear[:, 0, 1], linear[:, 0, 0] + linear[:, 1, 1])
+    strayed = shift.square().sum(1) / SPREAD[0] ** 2 + (scale / SPREAD[1]) ** 2 + (angle / SPREAD[2]) ** 2
+    return torch.log1p(strayed / looser**2)
+
+
+def _lead(warps: Tensor, score: Tensor, half_side: float) -> float:
+    """How far the best warp is ahead of those that say something else."""
+    best = int(score.argmax())
+    shift = (warps[..., 2] - warps[best, :, 2]).norm(dim=1) / half_side
+    sizes = torch.linalg.det(warps[..., :2]).abs().clamp(min=1e-6).log() / 2
+    rivals = score[(shift > UNLIKE[0]) | ((sizes - sizes[best]).abs() > UNLIKE[1])]
+    return float(score[best] - rivals.max()) if len(rivals) else 1.0
+
+
+def _mirrored_lead(view, found: Tensor, start: Tensor) -> float:
+    """How much better the mirrored reference fits than what was found, at most 0.5 either way. Right and left of a logo
+    decide; of a plain symmetrical part nobody could tell."""
+    flip = torch.diag(torch.tensor([-1.0, 1.0, 1.0]))
+    mirrored = torch.cat([_variations(start @ flip), found @ flip])
+    seen = view(COARSE)
+    mirrored, score = seen.fit(mirrored, 1, 12, 0.2)
+    best = (score + DETAIL * seen.local_correlation(mirrored)[0]).topk(2).indices
+    seen = view(MIDDLE)
+    warps, score = seen.fit(torch.cat([mirrored[best], found]), 1, 8, 0.1)
+    score = score + DETAIL * seen.local_correlation(warps)[0]
+    return float((score[:2].max() - score[2]).clamp(-0.5, 0.5))
