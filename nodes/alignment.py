@@ -9,7 +9,8 @@ from ..rba_core.alignment import attend, correspondence
 from ..rba_core.dense_correspondence import place
 from ..rba_core.errors import InputError
 from ..rba_core.geometry import Box, resize, resize_mask
-from ..rba_core.pipeline import Settings, carried, check_mask, close_up, grow, register
+from ..rba_core.overlay import draw_matches
+from ..rba_core.pipeline import Settings, believed, carried, check_mask, close_up, grow, register
 from ..rba_core.postprocessing import CleaningSettings, MatchedRegion, clean
 from ..rba_core.reference_encoding import encode_reference
 from ..rba_core.zoom_crop import ZoomCrop
@@ -17,6 +18,8 @@ from .api import io
 from .types import CATEGORY, Attention, Model, Placement, Reference, boxes_in, boxes_out, delivered, encoded, image_of, masks, model_crop, on_device, pictures, plain, together
 
 SEED_MAX = 0xFFFFFFFFFFFFFFFF
+MATCHES = 384
+"""Height of the picture of matches, pixels."""
 
 # io.BoundingBox.Input is a widget; force_input is younger than the type
 BoundingBoxSocket = io.Custom("BOUNDING_BOX")
@@ -71,7 +74,7 @@ def margin_input():
 def min_confidence_input():
     return io.Float.Input(
         "min_confidence", default=Settings().min_confidence, min=0.0, max=1.0, step=0.01, advanced=True,
-        tooltip="How well image and reference must agree around the mask for the registration to be used. Below it the matched region stays as aligned.",
+        tooltip="How sure the registration must be to be used, 0 to 1. Below it the matched region stays as aligned, and the model draws without the reference's pixels.",
     )
 
 
@@ -250,7 +253,8 @@ class Register(io.ComfyNode):
                 io.Mask.Output("collage_mask", tooltip="Where the collage shows the object. Black where image and reference do not agree: there is then no collage."),
                 io.Mask.Output("matched_region", tooltip="What of the reference lies under the mask, to the pixel; as it came in where there is no collage."),
                 io.Mask.Output("guide_mask", tooltip="The same widened by margin, within the object: the mask for the Encode Reference that guides Refine Crop."),
-                io.Float.Output("confidence", tooltip="How well image and reference agree around the mask, up to 1; the lowest of the batch, 0 where there is no collage. For Refine Crop."),
+                io.Float.Output("confidence", tooltip="How surely the reference was laid where it belongs, 0 to 1; the lowest of the batch. For Refine Crop."),
+                io.Image.Output("matches", tooltip="Crop and reference side by side, matched points in one colour; hollow where the two do not agree."),
             ],
         )
 
@@ -263,19 +267,23 @@ class Register(io.ComfyNode):
             placement=placement or [None],
         )
         settings = Settings(min_confidence=min_confidence)
-        laid, shown, regions, guides, confidences = [], [], [], [], []
+        laid, shown, regions, guides, confidences, drawn = [], [], [], [], [], []
         for cut, hole, box, whole, photo, thing, found, start in batch:
-            thing, found, collage = (thing > 0.5).float(), (found > 0.5).float(), None
-            region = MatchedRegion(found, Box.around(found), found, start)
+            thing, found, confidence, collage = (thing > 0.5).float(), (found > 0.5).float(), 0.0, None
+            region, crop = MatchedRegion(found, Box.around(found), found, start), ZoomCrop(cut, (hole > 0.5).float(), box)
+            matches = torch.ones(3, MATCHES, 2 * MATCHES + MATCHES // 16)
             if start is not None or not torch.equal(found, thing):  # all of it, and no placement: alignment found nothing
-                region, collage = register(ZoomCrop(cut, (hole > 0.5).float(), box), photo, thing, region, whole, settings)
+                region, collage = register(crop, photo, thing, region, whole, settings)
+                confidence, matches = collage.confidence, draw_matches(whole, crop, photo, collage, MATCHES)
+                collage = believed(collage, settings)
             laid.append(torch.zeros(3, box.height, box.width) if collage is None else collage.picture)
             shown.append(torch.zeros(box.height, box.width) if collage is None else collage.valid)
             regions.append(region.mask)
             guides.append(grow(region, margin) * thing)
-            confidences.append(0.0 if collage is None else collage.confidence)
+            confidences.append(confidence)
+            drawn.append(image_of(matches))
         size = max(picture.shape[-1] for picture in laid)
         return io.NodeOutput(
             delivered([image_of(resize(picture, size, size)) for picture in laid]), delivered([resize_mask(valid, size, size) for valid in shown]),
-            delivered(regions), delivered(guides), min(confidences),
+            delivered(regions), delivered(guides), min(confidences), delivered(drawn),
         )

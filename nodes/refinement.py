@@ -60,7 +60,7 @@ def strength_input():
 def detail_transfer_input():
     return io.Float.Input(
         "detail_transfer", default=Settings().detail_transfer, min=0.0, max=1.0, step=0.05,
-        tooltip="How much of the fine detail of the registered reference is carried into the redrawn part. 0: only what the model drew.",
+        tooltip="How much of the fine detail of the registered reference is carried into the redrawn part. 0: only what the model drew, as in the paper.",
     )
 
 
@@ -223,11 +223,13 @@ class RefineByAlign(io.ComfyNode):
                 *stitching_inputs(),
                 io.Boolean.Input("dense", default=Settings().dense, advanced=True, tooltip="Find the region by what the attention of the whole crop agrees on. Off: by that of the masked part alone, as in the paper."),
                 io.Int.Input("levels", default=Settings().levels, min=1, max=3, advanced=True, tooltip="Passes of the alignment, each closer to the region that the one before found. 1: as in the paper."),
+                io.Image.Input("more_references", optional=True, tooltip="Further photos of the same object, as a batch, for all images. Each wrong part is redrawn from the photo that it is found in most surely."),
+                io.Mask.Input("more_reference_masks", optional=True, tooltip="White over the object in each of them. Without it the whole pictures count."),
             ],
             outputs=[
                 io.Image.Output("refined", tooltip="The image with the masked part replaced."),
-                io.Mask.Output("matched_region", tooltip="What the model found in the reference, at the reference's size; all of the object where it was used whole."),
-                io.Float.Output("confidence", tooltip="How well image and reference agree around the mask, up to 1; the lowest of all parts, 0 where one was not registered."),
+                io.Mask.Output("matched_region", tooltip="What the model found in the reference, at the reference's size; all of the object where it was used whole. Parts found in one of more_references are left out."),
+                io.Float.Output("confidence", tooltip="How surely the reference was laid where it belongs, 0 to 1; the lowest of all parts. Below min_confidence a part was redrawn without its pixels: look at it."),
             ],
         )
 
@@ -235,9 +237,15 @@ class RefineByAlign(io.ComfyNode):
     def execute(
         cls, model, image, mask, reference, seed, steps, guidance, scheduler, detail_transfer, on_flat, single_stage, one_crop, layer, timestep, noise_level,
         threshold, peak_support, flatness, register, min_confidence, strength, margin, alignment_context, context, feather, colour_match, dense, levels, reference_mask=None,
+        more_references=None, more_reference_masks=None,
     ) -> io.NodeOutput:
         reference_mask = torch.ones(reference.shape[:3]) if reference_mask is None else masks(reference_mask, reference, "reference mask", "reference")
         batch = together(image=image, mask=masks(mask, image), reference=pictures(reference), reference_mask=reference_mask)
+        more = list(pictures(more_references)) if more_references is not None else []
+        more_masks = [None] * len(more)
+        if more and more_reference_masks is not None:
+            selected = masks(more_reference_masks, more_references, "more reference masks", "more references")
+            more_masks = [mask for _, mask in together(more_references=more, more_reference_masks=selected)]
         settings = Settings(
             single_stage=single_stage, on_flat=on_flat, one_crop=one_crop,
             layer=none_below_zero(layer), timestep=none_below_zero(timestep), noise_level=none_below_zero(noise_level),
@@ -250,8 +258,11 @@ class RefineByAlign(io.ComfyNode):
         progress = BatchProgress(len(batch))
         refined, matched, confidences = [], [], []
         for index, (whole, part, guide, object_mask) in enumerate(batch):
-            result = refine_by_align(network, pictures(whole[None])[0], part, guide, object_mask, settings=settings, seed=seed, progress=progress.of(index))
+            result = refine_by_align(
+                network, pictures(whole[None])[0], part, [guide, *more], [object_mask, *more_masks], settings=settings, seed=seed, progress=progress.of(index)
+            )
             refined.append(put_back(result.image, part, whole))
-            matched.append(torch.stack([object_mask if region is None else region.mask for region in result.regions]).amax(0))
+            found = [object_mask if match.region is None else match.region.mask for match in result.matches if match.reference == 0]
+            matched.append(torch.stack([torch.zeros_like(object_mask), *found]).amax(0))
             confidences += [confidence or 0.0 for confidence in result.confidences]
         return io.NodeOutput(delivered(refined, image.dtype), delivered(matched), min(confidences))

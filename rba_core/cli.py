@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .errors import InputError
-from .imageio import check_output, read_image, read_mask, write_image, write_mask
+from .imageio import Picture, check_output, read_image, read_mask, write_image, write_mask
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,65 +29,87 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def refine(options) -> None:
-    from .pipeline import refine_by_align
+    from .pipeline import believed, refine_by_align
 
     check_output(options.output)
     if options.save_correspondence:
         check_output(options.save_correspondence)
     picture = read_image(options.image)
-    mask, reference, reference_mask = _inputs(options)
+    mask, references, reference_masks = _inputs(options)
+    if options.save_correspondence and len(references) > 1:
+        raise InputError("save-correspondence", "has one picture for several references", "leave it out, or give one reference")
     model = _load(options)
     settings = _settings(options)
     started = time.perf_counter()
     with _bar("refine") as progress:
-        refined = refine_by_align(model, picture.rgb, mask, reference, reference_mask, settings=settings, seed=options.seed, progress=progress)
+        refined = refine_by_align(model, picture.rgb, mask, references, reference_masks, settings=settings, seed=options.seed, progress=progress)
     seconds = time.perf_counter() - started
     write_image(options.output, refined.image, like=picture)
     regions = [region for region in refined.regions if region is not None]
     if options.save_correspondence:
-        union = torch.stack([region.mask for region in regions]).amax(0) if regions else torch.zeros(reference.shape[-2:])
+        union = torch.stack([region.mask for region in regions]).amax(0) if regions else torch.zeros(references[0].shape[-2:])
         write_mask(options.save_correspondence, union)
-    fell_back = 0 if options.single_stage else len(refined.regions) - len(regions)
+    count = len(refined.matches)
+    fell_back = 0 if options.single_stage else count - len(regions)
     if fell_back:
-        print(f"rba: alignment found nothing for {fell_back} of {len(refined.regions)} artifacts; the whole reference guided them", file=sys.stderr)
+        print(f"rba: alignment found nothing for {fell_back} of {count} artifacts; the whole reference guided them", file=sys.stderr)
+    doubted = [match for match in refined.matches if match.collage is not None and believed(match.collage, settings) is None]
+    if doubted:
+        print(f"rba: image and reference do not agree around {len(doubted)} of {count} artifacts; they were redrawn without the reference's pixels, look at them", file=sys.stderr)
+    confidences = [None if confidence is None else round(confidence, 4) for confidence in refined.confidences]
     if options.json:
         boxes = [[r.box.x, r.box.y, r.box.width, r.box.height] if r else None for r in refined.regions]
-        print(json.dumps({"output": str(options.output), "seconds": round(seconds, 3), "seed": options.seed, "regions": boxes, "confidences": refined.confidences, "fell_back": fell_back}))
+        chosen = [match.reference for match in refined.matches]
+        print(json.dumps({"output": str(options.output), "seconds": round(seconds, 3), "seed": options.seed, "regions": boxes, "references": chosen, "confidences": confidences, "fell_back": fell_back}))
     else:
-        print(f"{options.output}  ({len(refined.regions)} artifact{'s' * (len(refined.regions) > 1)}, {seconds:.1f} s)")
+        told = "".join(f", confidence {min(confidences):.2f}" for _ in range(None not in confidences))
+        print(f"{options.output}  ({count} artifact{'s' * (count > 1)}{told}, {seconds:.1f} s)")
 
 
 def align(options) -> None:
     from .alignment import align as align_crop
-    from .overlay import overlay
-    from .pipeline import Settings, check_inputs, find_region, register
+    from .collage import in_the_image
+    from .overlay import draw_matches, overlay
+    from .pipeline import Settings, best_match, check_inputs
     from .postprocessing import CleaningSettings
     from .reference_encoding import encode_reference
     from .zoom_crop import zoom_crop
 
-    for path in filter(None, (options.output, options.raw, options.overlay)):
+    for path in filter(None, (options.output, options.raw, options.overlay, options.matches, options.warped)):
         check_output(path)
+    if options.no_register and (options.matches or options.warped):
+        raise InputError("no-register", "leaves no matches to show", "leave it out, or --matches and --warped")
     image = read_image(options.image).rgb
-    mask, reference, reference_mask = _inputs(options)
-    check_inputs(image, mask, reference, reference_mask)
+    mask, references, reference_masks = _inputs(options)
+    if options.raw and len(references) > 1:
+        raise InputError("raw", "shows one reference", "give one, or leave it out")
+    for reference, reference_mask in zip(references, reference_masks, strict=True):
+        check_inputs(image, mask, reference, reference_mask)
     model = _load(options)
-    whole = encode_reference(model, reference, torch.ones(reference.shape[-2:]) if reference_mask is None else reference_mask)
+    wholes = [encode_reference(model, reference, torch.ones(reference.shape[-2:]) if selection is None else selection) for reference, selection in zip(references, reference_masks)]
     settings = Settings(
         layer=options.layer, timestep=options.timestep, noise_level=options.noise_level, cleaning=CleaningSettings(threshold=options.threshold),
         dense=not options.no_dense, levels=options.levels, register=not options.no_register, min_confidence=options.min_confidence,
     )  # fmt: skip
     if options.raw:
         crop = zoom_crop(image, mask, model.config.image_size, context=model.config.alignment_context, multiple=model.stride)
-        raw = align_crop(model, crop, whole, layer=options.layer, timestep=options.timestep, noise_level=options.noise_level, seed=options.seed)
-        soft = whole.to_reference(raw)
+        raw = align_crop(model, crop, wholes[0], layer=options.layer, timestep=options.timestep, noise_level=options.noise_level, seed=options.seed)
+        soft = wholes[0].to_reference(raw)
         write_mask(options.raw, soft / soft.max().clamp(min=1e-9))
     closer = zoom_crop(image, mask, model.config.image_size, context=model.config.context, multiple=model.stride)
-    region = find_region(model, image, mask, closer, reference, whole, settings, options.seed)
-    region, _ = register(closer, reference, whole.mask, region, image, settings)
+    match = best_match(model, image, mask, closer, references, wholes, settings, options.seed)
+    reference, region = references[match.reference], match.region
     write_mask(options.output, region.mask)
     if options.overlay:
         write_image(options.overlay, overlay(reference, region.soft, region.mask))
-    print(f"{options.output}  (box {region.box.x},{region.box.y} {region.box.width} x {region.box.height})")
+    if options.matches:
+        write_image(options.matches, draw_matches(image, closer, reference, match.collage))
+    if options.warped:
+        laid, shown = in_the_image(match.collage, closer.box, *mask.shape)
+        write_image(options.warped, laid, like=Picture(laid, (shown * 255).byte().numpy()))
+    chosen = f"reference {match.reference + 1}, " if len(references) > 1 else ""
+    told = f", confidence {match.collage.confidence:.2f}" if match.collage else ""
+    print(f"{options.output}  ({chosen}box {region.box.x},{region.box.y} {region.box.width} x {region.box.height}{told})")
 
 
 def demo(options) -> None:
@@ -150,6 +172,22 @@ def bench_steps(options) -> None:
         Path(options.json).write_text(json.dumps(results | {"model": Path(options.model).name}, indent=1) + "\n")
 
 
+def bench_doubt(options) -> None:
+    from .bench.doubt import calibrate, doubt, doubt_table
+
+    if options.json:
+        check_output(options.json, lossless=False)
+    with _bar("doubt", "item") as progress:
+        results = doubt(options.set, _load(options), limit=options.limit, seed=options.seed, progress=progress)
+    print("\n".join(doubt_table(results)))
+    print(f"\nthe right reference has more confidence than the wrong object's in {results['told']:.0%}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(results | {"model": Path(options.model).name}, indent=1) + "\n")
+    if options.calibrate:
+        weights, constant = calibrate([results])
+        print(f"CALIBRATION = ({', '.join(f'{weight:.2f}' for weight in weights)}), {constant:.2f}")
+
+
 def report(options) -> None:
     from .bench.report import write_report
 
@@ -178,14 +216,15 @@ def train(options) -> None:
         raise SystemExit(128 + stopped.signum) from None
 
 
-def _inputs(options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    reference = read_image(options.reference, "reference")
-    reference_mask = None
-    if options.reference_mask:
-        reference_mask = read_mask(options.reference_mask, "reference mask")
-    elif reference.alpha is not None and (reference.alpha < 128).any():  # a cut-out product shot
-        reference_mask = torch.from_numpy(reference.alpha > 127).float()
-    return read_mask(options.mask), reference.rgb, reference_mask
+def _inputs(options) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
+    pictures = [read_image(path, "reference") for path in options.reference]
+    masks = [read_mask(path, "reference mask") for path in options.reference_mask or ()]
+    if masks and len(masks) != len(pictures):
+        raise InputError("reference mask", f"is given {len(masks)} times for {len(pictures)} references", "give one for each reference, or none")
+    if not masks:  # a cut-out product shot has its object's mask as alpha
+        cut_out = [picture.alpha is not None and (picture.alpha < 128).any() for picture in pictures]
+        masks = [torch.from_numpy(picture.alpha > 127).float() if cut else None for picture, cut in zip(pictures, cut_out)]
+    return read_mask(options.mask), [picture.rgb for picture in pictures], masks
 
 
 def _settings(options):
@@ -261,8 +300,8 @@ def parser() -> argparse.ArgumentParser:
     inputs = argparse.ArgumentParser(add_help=False)
     inputs.add_argument("image", metavar="IMAGE", help="the generated image with the artifact")
     inputs.add_argument("mask", metavar="MASK", help="white over the artifact, same size as IMAGE")
-    inputs.add_argument("reference", metavar="REFERENCE", help="a good photo of the object, any size")
-    inputs.add_argument("--reference-mask", metavar="M", help="white over the object in REFERENCE (default: its alpha, else the whole picture)")
+    inputs.add_argument("reference", nargs="+", metavar="REFERENCE", help="a good photo of the object, any size; of several, each artifact takes the one it is found in most surely")
+    inputs.add_argument("--reference-mask", action="append", metavar="M", help="white over the object in REFERENCE, once for each (default: its alpha, else the whole picture)")
     inputs.add_argument("--layer", type=int, help="cross-attention layer to align with, 0-15 by execution (default: the model's, 9)")
     noise = inputs.add_mutually_exclusive_group()
     noise.add_argument("--timestep", type=int, help="noise at alignment as a step of 50, 0 = the noisiest (default: the model's, 0)")
@@ -270,7 +309,7 @@ def parser() -> argparse.ArgumentParser:
     inputs.add_argument("--no-dense", action="store_true", help="M* from the attention of the masked part alone (the paper), not from what all of the crop agrees on")
     inputs.add_argument("--levels", type=int, default=2, metavar="N", help="looks at the reference, each closer; 1 = the paper (default: %(default)s)")
     inputs.add_argument("--no-register", action="store_true", help="leave M* as attention gave it (the paper)")
-    inputs.add_argument("--min-confidence", type=float, default=0.45, metavar="C", help="what the registration must reach to be used, -1 to 1 (default: %(default)s)")
+    inputs.add_argument("--min-confidence", type=float, default=0.03, metavar="C", help="what the registration must reach to be used, 0-1 (default: %(default)s)")
     inputs.add_argument("--threshold", type=float, default=0.4, help="share of the map's peak that belongs to M* (default: %(default)s)")
 
     command = commands.add_parser("refine", parents=[inputs, model], help="redraw the masked part from the matching part of the reference")
@@ -281,7 +320,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--single-stage", action="store_true", help="no alignment: the whole reference guides (the paper's ablation)")
     command.add_argument("--on-flat", choices=["error", "single-stage"], default="error", help="what to do where alignment finds nothing (default: %(default)s)")
     command.add_argument("--strength", type=float, help="how far to depart from the registered reference, 0-1 (default: by confidence)")
-    command.add_argument("--detail-transfer", type=float, default=1.0, metavar="A", help="how much of its fine detail to carry over, 0-1 (default: %(default)s)")
+    command.add_argument("--detail-transfer", type=float, default=1.0, metavar="A", help="how much of its fine detail to carry over, 0-1; 0 = the paper's refinement (default: %(default)s)")
     command.add_argument("--one-crop", action="store_true", help="redraw several artifacts in one crop, not one by one")
     command.add_argument("--context", type=float, help="side of the crop in sides of the mask (default: the model's)")
     command.add_argument("--feather", type=float, default=1.0, help="blend width inside the mask, pixels (default: %(default)s)")
@@ -294,6 +333,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", required=True, metavar="MASK_OUT", help="M*, 8-bit, at the size of REFERENCE")
     command.add_argument("--raw", metavar="FILE", help="also write the unprocessed map, scaled to its peak")
     command.add_argument("--overlay", metavar="FILE", help="also write the reference with M* marked on it")
+    command.add_argument("--matches", metavar="FILE", help="also write matched points, image and reference side by side")
+    command.add_argument("--warped", metavar="FILE", help="also write the reference as it lies over IMAGE, transparent where it does not show the object")
     command.set_defaults(command=align)
 
     command = commands.add_parser("demo", parents=[model], help="refine the sample that comes with the package")
@@ -332,6 +373,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
     command.add_argument("--json", metavar="FILE", help="write all figures")
     command.set_defaults(command=bench_steps)
+
+    command = benches.add_parser("doubt", parents=[model], help="pairs made to fail: does the confidence tell?")
+    command.add_argument("set", metavar="SET", help="a benchmark set with correspondence")
+    command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
+    command.add_argument("--json", metavar="FILE", help="write all figures")
+    command.add_argument("--calibrate", action="store_true", help="print the weights of the confidence fitted to this set, which needs flow: a validation split's")
+    command.set_defaults(command=bench_doubt)
 
     command = commands.add_parser("report", help="write a Markdown page from what bench run, grid-search and steps wrote")
     command.add_argument("results", nargs="+", metavar="JSON", help="files, or folders with such files")

@@ -57,8 +57,8 @@ def test_refine_writes_the_result_of_the_pipeline(rba, loaded, scene, capsys):
     outside = scene.mask.numpy() < 0.5
     assert np.array_equal(pixels("out.png")[outside], pixels("image.png")[outside])
     out, err = capsys.readouterr()
-    assert re.fullmatch(r"out\.png  \(1 artifact, [\d.]+ s\)\n", out)
-    assert "rba:" not in err  # a slow machine may show the bar
+    assert re.fullmatch(r"out\.png  \(1 artifact, confidence 0\.\d\d, [\d.]+ s\)\n", out)
+    assert err.count("rba:") == 1 and "do not agree around 1 of 1 artifacts" in err  # noise; a slow machine may show the bar
 
 
 def test_refine_writes_one_file(rba, files):
@@ -81,7 +81,7 @@ def test_every_option_of_refine_reaches_the_pipeline(rba, scene, monkeypatch):
         "--on-flat single-stage --one-crop --context 2.5 --feather 1.5 --no-colour-match --no-dense --levels 3 --no-register --strength 0.4 --detail-transfer 0.5"
     )
     assert rba("refine", "-o", "out.png", *options.split()) == 0
-    assert torch.equal(seen["reference_mask"], scene.reference_mask)
+    assert torch.equal(seen["reference_mask"][0], scene.reference_mask)
     assert seen["seed"] == 7
     assert seen["settings"] == Settings(
         layer=8, timestep=4, cleaning=CleaningSettings(threshold=0.3), steps=2, guidance=1.25, scheduler="euler",
@@ -90,7 +90,7 @@ def test_every_option_of_refine_reaches_the_pipeline(rba, scene, monkeypatch):
     )  # fmt: skip
     assert rba("refine", "-o", "out.png", "--single-stage", "--noise-level", "0.7") == 0
     assert seen["settings"] == Settings(single_stage=True, noise_level=0.7, cleaning=CleaningSettings(threshold=0.4))
-    assert seen["reference_mask"] is None and seen["seed"] == 0
+    assert seen["reference_mask"] == [None] and seen["seed"] == 0
 
 
 def test_defaults_of_the_command_are_those_of_the_library():
@@ -121,9 +121,9 @@ def test_json_is_the_one_line_on_stdout(rba, loaded, scene, capsys):
     told = json.loads(line)
     box = refine_by_align(loaded, scene.image, scene.mask, scene.reference, seed=3).regions[0].box
     assert rest == ""
-    assert told.keys() == {"output", "seconds", "seed", "regions", "confidences", "fell_back"}
+    assert told.keys() == {"output", "seconds", "seed", "regions", "references", "confidences", "fell_back"}
     assert told["output"] == "out.png" and told["seed"] == 3 and told["fell_back"] == 0 and told["seconds"] > 0
-    assert told["regions"] == [[box.x, box.y, box.width, box.height]] and told["confidences"] == [None]  # noise matches nothing
+    assert told["regions"] == [[box.x, box.y, box.width, box.height]] and told["confidences"][0] < 0.1  # noise matches nothing
 
 
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(rba):
@@ -219,7 +219,7 @@ def test_align_writes_the_matched_region(rba, loaded, scene, capsys):
     assert torch.equal(read_mask("m.png"), region.mask)
     assert pixels("m.png").shape == (81, 101) and set(np.unique(pixels("m.png"))) == {0, 255}
     box = region.box
-    assert capsys.readouterr().out == f"m.png  (box {box.x},{box.y} {box.width} x {box.height})\n"
+    assert capsys.readouterr().out == f"m.png  (box {box.x},{box.y} {box.width} x {box.height}, confidence 0.00)\n"  # noise matches nothing
 
 
 def test_align_and_refine_find_the_same_region(rba):
@@ -239,6 +239,39 @@ def test_the_overlay_is_a_picture_of_the_reference_marked_at_the_region(rba):
     assert rba("align", "-o", "m.png", "--overlay", "over.png") == 0
     assert pixels("over.png").shape == (81, 101, 3)
     assert not np.array_equal(pixels("over.png"), pixels("reference.png"))
+
+
+def test_matches_are_drawn_and_the_warped_reference_is_cut_out(rba):
+    assert rba("align", "-o", "m.png", "--matches", "matches.png", "--warped", "warped.png") == 0
+    assert pixels("matches.png").shape == (384, 2 * 384 + 24, 3)
+    warped = pixels("warped.png")
+    assert warped.shape == (*pixels("mask.png").shape, 4) and set(np.unique(warped[..., 3])) <= {0, 255}
+    assert not warped[..., :3][warped[..., 3] == 0].any() and (warped[..., 3] > 0).any()
+
+
+def test_without_registration_there_are_no_matches(rba, capsys):
+    assert rba("align", "-o", "m.png", "--matches", "matches.png", "--no-register") == 2
+    assert "no-register: leaves no matches to show" in capsys.readouterr().err
+
+
+def test_several_references(files, scene, capsys, monkeypatch):
+    """The second shows what the image does; the first is noise."""
+    wide = torch.nn.functional.interpolate(scene.image[None], scale_factor=1.5, mode="bilinear")[0]
+    write_image(files / "second.png", wide)
+    options = ["image.png", "mask.png", "reference.png", "second.png"]
+    monkeypatch.chdir(files)
+    assert cli.main(["refine", *options, "-o", "out.png", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["references"] == [1] and len(told["confidences"]) == 1
+    assert cli.main(["align", *options, "-o", "m.png"]) == 0
+    assert "reference 2, box" in capsys.readouterr().out
+    assert pixels("m.png").shape == pixels("second.png").shape[:2]
+    assert cli.main(["align", *options, "-o", "m.png", "--raw", "raw.png"]) == 2
+    assert "raw: shows one reference" in capsys.readouterr().err
+    assert cli.main(["refine", *options, "-o", "out.png", "--save-correspondence", "m.png"]) == 2
+    assert "one picture for several references" in capsys.readouterr().err
+    assert cli.main(["refine", *options, "-o", "out.png", "--reference-mask", "reference_mask.png"]) == 2
+    assert "reference mask: is given 1 times for 2 references" in capsys.readouterr().err
 
 
 def test_layer_noise_threshold_and_seed_change_the_map(rba):
@@ -271,7 +304,7 @@ def test_wrong_usage_exits_with_2(options, capsys):
 
 
 def test_help_exits_with_0_for_every_command(capsys):
-    for command in ("refine", "align", "demo", "bench", "bench make", "bench run", "bench grid-search", "bench steps", "report", "train"):
+    for command in ("refine", "align", "demo", "bench", "bench make", "bench run", "bench grid-search", "bench steps", "bench doubt", "report", "train"):
         with pytest.raises(SystemExit) as left:
             cli.main([*command.split(), "--help"])
         assert left.value.code == 0

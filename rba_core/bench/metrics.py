@@ -85,6 +85,14 @@ def soft_iou(soft: Tensor, correspondence: Tensor) -> float:
     return float(torch.minimum(soft, selected).sum() / torch.maximum(soft, selected).sum().clamp(min=1e-9))
 
 
+def end_point_error(flow: Tensor, truth: Tensor, correspondence: Tensor) -> float:
+    """Mean distance of two flows `[2, H, W]` over the pixels whose truth is known, in units of the region's size, the
+    root of the area of M_gt; at most 1, which a flow that is missing somewhere has there."""
+    known = ~truth.isnan().any(0)
+    distance = (flow - truth)[:, known].norm(dim=0) / float((correspondence > 0.5).sum()) ** 0.5
+    return float(distance.nan_to_num(1.0).clamp(max=1.0).mean())
+
+
 def token_bound_iou(correspondence: Tensor, reference_mask: Tensor | None = None, tokens: int = 16) -> float:
     """IoU of M_gt with itself rounded to the token grid of the reference and back: what a faultless alignment gets.
 

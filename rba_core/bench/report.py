@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from ..errors import InputError
+from .doubt import KINDS, doubt_table
 from .grid_search import CURVES, HEAT_MAP
 from .methods import METHODS
 from .run import HEADINGS, MEASURES, figure
@@ -15,14 +16,17 @@ from .steps import NEAR, steps_table
 
 
 def write_report(sources: list[str | Path], target: str | Path) -> None:
-    """Write a page with a section for each JSON file of `rba bench run`, `grid-search` and `steps`; a folder stands
+    """Write a page with a section for each JSON file of `rba bench run`, `doubt`, `grid-search` and `steps`; a folder stands
     for all of them in it."""
     named = " ".join(Path(source).name for source in sources)
-    lines = ["# Results", "", f"Made by `rba report {named}` from JSON files beside this page, each written by `rba bench run`, `grid-search` or `steps`.", ""]
+    lines = ["# Results", "", f"Made by `rba report {named}` from JSON files beside this page, each written by `rba bench run`, `doubt`, `grid-search` or `steps`.", ""]
     for source in (path for given in sources for path in _files(Path(given))):
         try:
             results = json.loads(source.read_text())
-            lines += grid_section(results, _relative(source.parent, target)) if "gamma" in results else steps_section(results) if "steps" in results else section(results)
+            if "gamma" in results:
+                lines += grid_section(results, _relative(source.parent, target))
+            else:
+                lines += steps_section(results) if "steps" in results else doubt_section(results) if "kinds" in results else section(results)
         except FileNotFoundError as error:
             raise InputError("results", f"{source} does not exist", "write it with rba bench run SET --json FILE") from error
         except (json.JSONDecodeError, KeyError) as error:
@@ -53,6 +57,12 @@ def grid_section(results: dict, folder: str) -> list[str]:
 def steps_section(results: dict) -> list[str]:
     enough = f"{results['fewest']} steps stay within {NEAR:.0%} of the most in every metric ({results['model']})."
     return [f"## Denoising steps: {results['set']}, {results['n']} items", "", *steps_table(results), "", enough, ""]
+
+
+def doubt_section(results: dict) -> list[str]:
+    told = f"Believed from a confidence of {results['min_confidence']:g} ({results['model']}). The right reference has more confidence than the wrong object's in {results['told']:.0%}."
+    kinds = [f"- **{kind}**: {KINDS[kind]}" for kind in results["kinds"]]
+    return [f"## Pairs made to fail: {results['set']}, {results['n']} items", "", *doubt_table(results), "", told, "", *kinds, ""]
 
 
 def section(results: dict) -> list[str]:

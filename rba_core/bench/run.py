@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,11 +15,11 @@ from .dataset import BenchmarkSet, Item
 from .methods import METHODS, NEED_MODEL, Outcome
 
 PIXEL_METRICS = ("masked_psnr", "masked_ssim", "hp_ssim", "detail_ncc")
-MEASURES = (*PIXEL_METRICS, "iou", "box_iou", "soft_iou", "token_bound_iou", "outside_changed_pixels", "fell_back", "seconds")
+MEASURES = (*PIXEL_METRICS, "iou", "box_iou", "soft_iou", "token_bound_iou", "end_point_error", "confidence", "outside_changed_pixels", "fell_back", "seconds")
 GROUPS = ("task", "difficulty", "artifact", "weak")
 HEADINGS = {
     "masked_psnr": "PSNR dB", "masked_ssim": "SSIM", "hp_ssim": "hp-SSIM", "detail_ncc": "NCC", "iou": "IoU", "box_iou": "box IoU",
-    "soft_iou": "soft IoU", "token_bound_iou": "bound", "outside_changed_pixels": "changed", "fell_back": "fell back", "seconds": "s",
+    "soft_iou": "soft IoU", "token_bound_iou": "bound", "end_point_error": "EPE (median)", "confidence": "confidence", "outside_changed_pixels": "changed", "fell_back": "fell back", "seconds": "s",
 }  # fmt: skip
 
 
@@ -89,6 +90,10 @@ def measure(item: Item, outcome: Outcome) -> dict:
         figures["box_iou"] = metrics.box_iou(region.mask, item.correspondence) if region else 0.0
         figures["soft_iou"] = metrics.soft_iou(region.soft, item.correspondence) if region else 0.0
         figures["token_bound_iou"] = metrics.token_bound_iou(item.correspondence, item.reference_mask)
+    if outcome.flow is not None and item.flow is not None and item.correspondence is not None:
+        figures["end_point_error"] = metrics.end_point_error(outcome.flow, item.flow, item.correspondence)
+    if outcome.confidence is not None:
+        figures["confidence"] = outcome.confidence
     if aligned:
         figures["fell_back"] = outcome.fell_back
     figures["outside_changed_pixels"] = metrics.outside_changed_pixels(outcome.image, item.image, item.mask)
@@ -131,5 +136,5 @@ def _by_method(methods: Iterable[str], rows: list[dict]) -> dict[str, dict[str, 
         own = [row for row in rows if row["method"] == method]
         present = [name for name in MEASURES if any(name in row for row in own)]
         values = {name: [row[name] for row in own if name in row] for name in present}
-        means[method] = {name: sum(column) / len(column) for name, column in values.items()}
+        means[method] = {name: statistics.median(column) if name == "end_point_error" else sum(column) / len(column) for name, column in values.items()}
     return means

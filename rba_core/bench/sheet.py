@@ -32,8 +32,8 @@ class ContactSheet:
         self.headings: list[str] = []
 
     def add(self, item: Item, outcomes: dict[str, Outcome], figures: dict[str, dict]) -> None:
-        """One item's outcomes and figures by method; the result shown is `refine`'s, or else the last method's."""
-        shown = "refine" if "refine" in outcomes else list(outcomes)[-1]
+        """One item's outcomes and figures by method; the result shown is `detail`'s, or else the last method's."""
+        shown = "detail" if "detail" in outcomes else list(outcomes)[-1]
         result, region = outcomes[shown].image, outcomes[shown].region
         reference = item.reference if region is None else overlay(item.reference, region.soft, region.mask)
         if item.correspondence is not None:

@@ -1,4 +1,4 @@
-"""How many denoising steps are enough: the figures of `refine` over the number of steps."""
+"""How many denoising steps are enough: the figures of `detail` over the number of steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from ..model import RefineByAlign
 from ..refinement import Progress
 from .dataset import BenchmarkSet
-from .methods import refine
+from .methods import detail
 from .run import HEADINGS, PIXEL_METRICS, figure, measure
 
 STEPS = (1, 2, 4, 8, 16, 50)
@@ -20,7 +20,7 @@ NEAR = 0.02
 def compare_steps(
     set_folder: str | Path, model: RefineByAlign, steps: Sequence[int] = STEPS, limit: int | None = None, seed: int = 0, progress: Progress | None = None
 ) -> dict:
-    """The pixel metrics of `refine` by number of steps, over the first `limit` items of a set (default: all) that have a truth.
+    """The pixel metrics of `detail` by number of steps, over the first `limit` items of a set (default: all) that have a truth.
 
     progress   called with (outcomes done, outcomes in all)
     returns    {"set", "n", "steps": {"1": means, ...}, "fewest"}, ready for JSON; fewest, the smallest number that
@@ -31,13 +31,13 @@ def compare_steps(
     items = BenchmarkSet(set_folder)
     chosen = items.having("truth", limit)
     sums = {count: dict.fromkeys((*PIXEL_METRICS, "seconds"), 0.0) for count in sorted(steps)}
-    refine(items[chosen[0]], model, seed, steps=1)  # the first pass also pays for memory and kernels
+    detail(items[chosen[0]], model, seed, steps=1)  # the first pass also pays for memory and kernels
     done = 0
     for place in chosen:
         item = items[place]
         for count, means in sums.items():
             started = time.perf_counter()
-            outcome = refine(item, model, seed, steps=count)
+            outcome = detail(item, model, seed, steps=count)
             figures = {"seconds": time.perf_counter() - started} | measure(item, outcome)
             for name in means:
                 means[name] += figures[name] / len(chosen)

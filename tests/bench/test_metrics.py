@@ -138,3 +138,14 @@ def test_outside_changed_pixels(word):
     changed[:, 0, 1] -= 1 / 255
     changed[:, 0, 2] += 0.3 / 255
     assert metrics.outside_changed_pixels(changed, truth, mask) == 2
+
+
+def test_end_point_error_is_in_units_of_the_regions_size():
+    truth, region = torch.full((2, 20, 20), torch.nan), torch.zeros(30, 30)
+    truth[:, 5:10, 5:10], region[3:13, 4:14] = 7.0, 1
+    assert metrics.end_point_error(truth, truth, region) == 0
+    assert metrics.end_point_error(truth + torch.tensor([3.0, 4.0])[:, None, None], truth, region) == pytest.approx(0.5)
+    missing = truth.clone()
+    missing[:, 5:10, 5] = torch.nan
+    assert metrics.end_point_error(missing, truth, region) == pytest.approx(0.2)
+    assert metrics.end_point_error(truth + 1000, truth, region) == 1

@@ -22,22 +22,22 @@ def lost(item, model, seed):
 
 @pytest.fixture
 def methods(monkeypatch):
-    monkeypatch.setitem(bench.METHODS, "refine", oracle)
+    monkeypatch.setitem(bench.METHODS, "detail", oracle)
     monkeypatch.setitem(bench.METHODS, "single-stage", lost)
 
 
 def test_report(small_set, methods):
     steps = []
-    report = bench.run(small_set, ["none", "refine"], object(), progress=lambda done, total: steps.append((done, total)))
+    report = bench.run(small_set, ["none", "detail"], object(), progress=lambda done, total: steps.append((done, total)))
     assert report["set"] == "small" and report["n"] == 2
     assert json.loads(json.dumps(report)) == report
-    none, refined = report["methods"]["none"], report["methods"]["refine"]
+    none, refined = report["methods"]["none"], report["methods"]["detail"]
     assert refined["iou"] == refined["box_iou"] == refined["soft_iou"] == refined["hp_ssim"] == 1
     assert refined["masked_psnr"] == 100 > none["masked_psnr"]
     assert 0.5 < refined["token_bound_iou"] < 1
     assert none["outside_changed_pixels"] == refined["outside_changed_pixels"] == 0
     assert not {"iou", "box_iou", "soft_iou", "token_bound_iou", "fell_back"} & set(none)
-    assert [(row["id"], row["method"]) for row in report["items"]] == [("00000", "none"), ("00000", "refine"), ("00001", "none"), ("00001", "refine")]
+    assert [(row["id"], row["method"]) for row in report["items"]] == [("00000", "none"), ("00000", "detail"), ("00001", "none"), ("00001", "detail")]
     assert report["items"][3]["artifact"] == "smear"
     mean = (report["items"][0]["hp_ssim"] + report["items"][2]["hp_ssim"]) / 2
     assert none["hp_ssim"] == pytest.approx(mean)
@@ -67,23 +67,23 @@ def test_the_model_is_warmed_up_before_timing(small_set, monkeypatch):
         seen.append((item.id, model, seed))
         return Outcome(item.image)
 
-    monkeypatch.setitem(bench.METHODS, "refine", timed)
-    report = bench.run(small_set, ["refine"], "model", limit=1, seed=5)
+    monkeypatch.setitem(bench.METHODS, "detail", timed)
+    report = bench.run(small_set, ["detail"], "model", limit=1, seed=5)
     assert seen == [("00000", "model", 5)] * 2
     assert report["n"] == 1 and len(report["items"]) == 1
 
 
 def test_on_item_gets_outcomes(small_set, methods):
     seen = {}
-    bench.run(small_set, ["none", "refine"], object(), on_item=lambda item, outcomes, figures: seen.update({item.id: (outcomes, figures)}))
+    bench.run(small_set, ["none", "detail"], object(), on_item=lambda item, outcomes, figures: seen.update({item.id: (outcomes, figures)}))
     outcomes, figures = seen["00001"]
-    assert set(outcomes) == set(figures) == {"none", "refine"}
-    assert figures["refine"]["iou"] == 1 and outcomes["refine"].region is not None
+    assert set(outcomes) == set(figures) == {"none", "detail"}
+    assert figures["detail"]["iou"] == 1 and outcomes["detail"].region is not None
 
 
 @pytest.mark.parametrize(
     "methods, model, limit, problem",
-    [(["refine", "magic"], object(), None, "'magic' is not known"), (["refine"], None, None, "missing for refine"), (["none"], None, 0, "limit: is 0")],
+    [(["detail", "magic"], object(), None, "'magic' is not known"), (["detail"], None, None, "missing for detail"), (["none"], None, 0, "limit: is 0")],
 )
 def test_bad_arguments(small_set, methods, model, limit, problem):
     with pytest.raises(InputError, match=problem):
@@ -91,9 +91,9 @@ def test_bad_arguments(small_set, methods, model, limit, problem):
 
 
 def test_table(small_set, methods):
-    table = bench.format_table(bench.run(small_set, ["none", "refine"], object()))
+    table = bench.format_table(bench.run(small_set, ["none", "detail"], object()))
     lines = [line.split() for line in table.splitlines()]
     assert lines[0][:4] == ["items", "n", "method", "PSNR"]
     assert lines[2][:4] == ["all", "2", "none", lines[2][3]]
-    assert lines[3][:2] == ["refine", "100.00"]
+    assert lines[3][:2] == ["detail", "100.00"]
     assert any(line[:3] == ["difficulty", "easy", "2"] for line in lines if line)

@@ -15,11 +15,11 @@ def test_a_row_an_item(small_set, tmp_path):
     sheet = ContactSheet(tile=96)
     for item in BenchmarkSet(small_set):
         region = MatchedRegion(item.correspondence, Box.around(item.correspondence), item.correspondence)
-        outcomes = {"none": Outcome(item.image), "telea": Outcome(item.image), "refine": Outcome(item.truth, region)}
+        outcomes = {"none": Outcome(item.image), "telea": Outcome(item.image), "detail": Outcome(item.truth, region)}
         sheet.add(item, outcomes, {name: measure(item, outcome) for name, outcome in outcomes.items()})
     sheet.save(tmp_path / "sheet.png")
     pixels = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
-    columns = ["image", "mask", "reference", "refine", "truth", "zoom: image", "zoom: telea", "zoom: refine", "zoom: truth"]
+    columns = ["image", "mask", "reference", "detail", "truth", "zoom: image", "zoom: telea", "zoom: detail", "zoom: truth"]
     assert sheet.headings == columns
     assert pixels.shape == (HEADING + 2 * (96 + CAPTION + GAP), 9 * (96 + GAP), 3)
 
@@ -28,8 +28,8 @@ def test_a_row_an_item(small_set, tmp_path):
         return pixels[y : y + 96, x : x + 96]
 
     for row in range(2):
-        assert np.array_equal(tile(row, "refine"), tile(row, "truth"))
-        assert np.array_equal(tile(row, "zoom: refine"), tile(row, "zoom: truth"))
+        assert np.array_equal(tile(row, "detail"), tile(row, "truth"))
+        assert np.array_equal(tile(row, "zoom: detail"), tile(row, "zoom: truth"))
         assert not np.array_equal(tile(row, "zoom: image"), tile(row, "zoom: truth"))
         coarse = np.abs(tile(row, "image") - tile(row, "truth")).sum(-1) > 60
         assert coarse.any() and tile(row, "mask")[coarse].mean() > 128

@@ -18,7 +18,7 @@ def refine(monkeypatch):
         share = max(0.0, 1 - steps / 4)
         return Outcome(torch.where(item.mask > 0.5, share * item.image + (1 - share) * item.truth, item.image))
 
-    monkeypatch.setattr(bench_steps, "refine", stub)
+    monkeypatch.setattr(bench_steps, "detail", stub)
 
 
 def test_the_fewest_steps_that_are_enough(small_set, refine):

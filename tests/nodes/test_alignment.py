@@ -4,6 +4,7 @@ import torch
 from rba_core.alignment import align, attend
 from rba_core.dense_correspondence import Placement, place
 from rba_core.geometry import Box
+from rba_core.overlay import draw_matches
 from rba_core.pipeline import Settings, carried, close_up, grow, register
 from rba_core.postprocessing import MatchedRegion, clean
 from rba_core.reference_encoding import encode_reference
@@ -170,15 +171,17 @@ def registered(nodes, loaded, same_product, defaults):
     return run
 
 
-def test_register_is_the_library_s(registered, same_product):
+def test_register_is_the_library_s(registered, same_product, nodes):
     image, reference, mask, found = (same_product[name][0] for name in ("image", "reference", "mask", "matched_region"))
     image, reference = (picture.movedim(-1, 0).contiguous() for picture in (image, reference))
     crop = zoom_crop(image, mask, 64, context=2.0)
     region, expected = register(crop, reference, torch.ones(96, 130), MatchedRegion(found, Box.around(found), found), image, Settings())
-    collage, shown, matched, guide, confidence = registered()
+    collage, shown, matched, guide, confidence, matches = registered()
     assert collage.shape == (1, crop.box.height, crop.box.width, 3) and torch.equal(collage[0].movedim(-1, 0), expected.picture)
     assert torch.equal(shown[0], expected.valid) and torch.equal(matched[0], region.mask) and torch.equal(guide[0], grow(region, 0.12))
     assert confidence == expected.confidence > 0.8
+    drawn = draw_matches(image, crop, reference, expected, nodes.alignment.MATCHES)
+    assert torch.equal(matches[0].movedim(-1, 0), drawn)
 
 
 def test_what_cannot_be_registered_stays_as_aligned(registered, same_product):
@@ -186,8 +189,9 @@ def test_what_cannot_be_registered_stays_as_aligned(registered, same_product):
     thing[:, :, 75:] = 0
     unlike = torch.rand(same_product["reference"].shape, generator=torch.Generator().manual_seed(8))
     for change in ({"reference": unlike}, {"min_confidence": 1.0}, {"matched_region": thing}):
-        collage, shown, matched, guide, confidence = registered(reference_mask=thing, **change)
-        assert torch.equal(matched, change.get("matched_region", found)) and confidence == 0, change
+        collage, shown, matched, guide, confidence, _ = registered(reference_mask=thing, **change)
+        assert torch.equal(matched, change.get("matched_region", found)), change
+        assert confidence < Settings().min_confidence or "min_confidence" in change, change
         assert collage.shape[1:3] == shown.shape[1:] and not shown.any() and not collage.any()
         assert (guide <= thing).all() and (guide >= matched).all()
 
@@ -196,10 +200,15 @@ def test_crops_of_several_sizes_give_collages_of_the_largest(registered, same_pr
     mask = same_product["mask"]
     smaller = mask.clone()
     smaller[..., :48] = 0
-    collage, shown, matched, guide, confidence = registered(mask=torch.cat([mask, smaller]))
+    collage, shown, matched, guide, confidence, _ = registered(mask=torch.cat([mask, smaller]))
     alone = registered()
     assert torch.equal(collage[:1], alone[0]) and torch.equal(shown[:1], alone[1]) and torch.equal(matched[:1], alone[2])
     assert shown[1].any() and confidence <= alone[4] and matched[1].sum() < matched[0].sum()
+
+
+def placement_over(affine, box):
+    """That the cells agree on `affine`; what each of them saw is the same everywhere and speaks for no place."""
+    return Placement(affine, box, 0.9, torch.full((16, 16), 1 / 16), Box(0, 0, 130, 130), torch.ones(16))
 
 
 def test_register_starts_from_the_placement(registered, same_product, nodes):
@@ -210,8 +219,8 @@ def test_register_starts_from_the_placement(registered, same_product, nodes):
     assert wide != near
     astray = torch.zeros(1, 96, 130)
     astray[:, 2:10, 2:10] = 1
-    assert registered(matched_region=astray)[4] == 0
-    found = registered(matched_region=astray, placement=[Placement(affine, wide, 0.9)])
+    assert registered(matched_region=astray)[4] < Settings().min_confidence
+    found = registered(matched_region=astray, placement=[placement_over(affine, wide)])
     assert found[4] > 0.8 and torch.equal(found[2], registered()[2])
 
 
@@ -220,4 +229,4 @@ def test_all_of_the_object_is_registered_where_a_placement_says_so(registered, s
     box = zoom_crop(same_product["image"][0].movedim(-1, 0).contiguous(), same_product["mask"][0], 64, context=2.0).box
     affine = torch.tensor([[box.width / 2, 0, box.x + box.width / 2], [0, box.height / 2, box.y + box.height / 2]])
     assert registered(matched_region=product)[4] == 0
-    assert registered(matched_region=product, placement=[Placement(affine, box, 0.9)])[4] > 0.6
+    assert registered(matched_region=product, placement=[placement_over(affine, box)])[4] > 0.6

@@ -4,7 +4,7 @@ import comfy_stand_in
 import pytest
 import torch
 
-from rba_core.pipeline import refine_by_align
+from rba_core.pipeline import Settings, refine_by_align
 from rba_core.zoom_crop import zoom_crop
 
 
@@ -76,7 +76,7 @@ def refined(nodes, loaded, inputs, defaults, region, placement=None, steps=2):
     one, two = nodes.alignment, nodes.refinement
     picture, mask, reference = (inputs[name] for name in ("image", "mask", "reference"))
     crop, crop_mask, box = two.ZoomCrop.execute(loaded, picture, mask, "refinement", 0.0).args
-    collage, collage_mask, region, guide, confidence = one.Register.execute(
+    collage, collage_mask, region, guide, confidence, _ = one.Register.execute(
         crop, crop_mask, box, picture, reference, region, reference_mask=inputs["reference_mask"], placement=placement, **defaults(one.Register)
     ).args
     laid = {"collage": collage, "collage_mask": collage_mask}
@@ -94,7 +94,7 @@ def test_step_by_step_is_the_same_as_all_in_one(nodes, loaded, run, inputs, defa
     region, placement = aligned(nodes, loaded, inputs, defaults, **options)
     assert (placement[0] is not None) == (min_agreement < 0 and "dense" not in options)
     stitched, region, confidence = refined(nodes, loaded, inputs, defaults, region, placement)
-    assert torch.equal(found, region) and torch.equal(image, stitched) and confidence == 0
+    assert torch.equal(found, region) and torch.equal(image, stitched) and confidence < Settings().min_confidence
 
 
 @pytest.mark.parametrize("reads_collage", [False, True])
@@ -112,10 +112,11 @@ def test_step_by_step_is_the_same_where_it_is_registered(nodes, make_model, run_
 def test_registration_s_settings_reach_the_library(run_registered, same_product):
     image, region, confidence = run_registered()
     assert confidence > 0.8 and not torch.equal(region, same_product["matched_region"])
-    for change in ({"register": False}, {"min_confidence": 1.0}):
-        changed, aligned, none = run_registered(**change)
-        assert none == 0 and torch.equal(aligned, same_product["matched_region"]) and not torch.equal(changed, image), change
-    for change in ({"detail_transfer": 0.0}, {"strength": 1.0}):
+    for change in ({"register": False}, {"min_confidence": 1.0}, {"detail_transfer": 0.0}):
+        changed, aligned, told = run_registered(**change)
+        assert told == (confidence if "min_confidence" in change else 0), change
+        assert torch.equal(aligned, same_product["matched_region"]) and not torch.equal(changed, image), change
+    for change in ({"detail_transfer": 0.5}, {"strength": 1.0}):
         changed, same_region, _ = run_registered(**change)
         assert torch.equal(same_region, region) and not torch.equal(changed, image), change
 
@@ -123,8 +124,20 @@ def test_registration_s_settings_reach_the_library(run_registered, same_product)
 def test_confidence_is_the_lowest_of_the_batch(run_registered, same_product):
     other = torch.rand(same_product["reference"].shape, generator=torch.Generator().manual_seed(8))
     _, regions, confidence = run_registered(reference=torch.cat([same_product["reference"], other]))
-    assert confidence == 0 and torch.equal(regions[1:], same_product["matched_region"])
+    assert confidence < Settings().min_confidence and torch.equal(regions[1:], same_product["matched_region"])
     assert not torch.equal(regions[:1], same_product["matched_region"])
+
+
+def test_of_more_references_the_surest_is_taken(run_registered, same_product):
+    """The product's own photo among the further ones: the same picture; nothing was found on the first."""
+    image, region, confidence = run_registered()
+    noise = torch.rand(same_product["reference"].shape, generator=torch.Generator().manual_seed(8))
+    both = torch.cat([noise, same_product["reference"]])
+    for masks in (None, torch.ones(1, *both.shape[1:3]), torch.ones(2, *both.shape[1:3])):
+        found, regions, same_confidence = run_registered(reference=noise, more_references=both, more_reference_masks=masks)
+        assert torch.equal(found, image) and same_confidence == confidence and not regions.any()
+    found, regions, _ = run_registered(more_references=noise)
+    assert torch.equal(found, image) and torch.equal(regions, region)
 
 
 def test_empty_collage_mask_is_no_collage(nodes, make_model, inputs, defaults):
