@@ -1,6 +1,10 @@
 import torch
+from pictures import texture
 
-from rba_core.overlay import outline, overlay
+from rba_core.collage import Collage
+from rba_core.geometry import Box
+from rba_core.overlay import draw_matches, outline, overlay
+from rba_core.zoom_crop import ZoomCrop
 
 
 def blob():
@@ -35,3 +39,34 @@ def test_outline_leaves_the_inside():
     drawn = outline(picture, blob(), (0.0, 1.0, 0.0))
     assert torch.equal(drawn[:, blob() > 0.5], picture[:, blob() > 0.5])
     assert drawn[:, 39, 50].tolist() == [0.0, 1.0, 0.0]
+
+
+def matched(sureness: float, valid: float = 1.0):
+    """A crop of 64 pixels at (20, 10), seen in the reference moved by (30, 40) and twice as large; its middle is masked."""
+    y, x = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
+    mask = torch.zeros(64, 64)
+    mask[24:40, 24:40] = 1
+    collage = Collage(torch.rand(3, 64, 64), torch.full((64, 64), valid), mask, 0.9, torch.stack([2 * x + 30, 2 * y + 40]), torch.full((64, 64), sureness))
+    image = texture(120, 120, 4)
+    crop = ZoomCrop(image[:, 10:74, 20:84], mask, Box(20, 10, 64, 64))
+    return draw_matches(image, crop, texture(200, 200, 5), collage, side=256, points=4)
+
+
+def test_matched_points_have_one_colour_in_both_pictures():
+    sheet = matched(0.9)
+    assert sheet.shape == (3, 256, 512 + 16) and 0 <= sheet.min() and sheet.max() <= 1
+    colours = set()
+    for row in range(4):
+        for column in range(4):
+            x, y = (column + 0.5) * 64, (row + 0.5) * 64
+            # the reference is cut from its first matched point, 31 and 41, to the last, 126 pixels on
+            there = [int((2 * (int(at / 4) + 0.5) - 1) / 126 * 256) for at in (x, y)]
+            colours.add(tuple(sheet[:, int(y), int(x)].tolist()))
+            assert torch.equal(sheet[:, int(y), int(x)], sheet[:, there[1], there[0] + 272])
+    assert len(colours) == 16
+
+
+def test_points_are_hollow_where_unsure_and_absent_where_the_object_does_not_show():
+    sure, unsure, nothing = matched(0.9), matched(0.1), matched(0.9, valid=0.0)
+    assert torch.equal(unsure[:, 32, 32], nothing[:, 32, 32]) and not torch.equal(sure[:, 32, 32], nothing[:, 32, 32])
+    assert not torch.equal(unsure, nothing)
