@@ -57,18 +57,20 @@ def draw_matches(image: Tensor, crop: ZoomCrop, reference: Tensor, collage: Coll
     sheet.paste(Image.fromarray(to_bytes(marked)), (0, 0))
     sheet.paste(Image.fromarray(to_bytes(resize(square.crop(reference, fill=1.0), side, side))), (side + gap, 0))
     draw, radius = ImageDraw.Draw(sheet), max(2, side // 100)
-    steps = np.linspace(0.5 / points, 1 - 0.5 / points, points)
+    steps = (np.arange(points) + 0.5) / points
+    matched = []
     for row, v in enumerate(steps):
         for column, u in enumerate(steps):
             x, y = int(u * size), int(v * size)
-            if not collage.valid[y, x]:
-                continue
-            seen = (collage.flow[:, y, x] - torch.tensor([square.x, square.y])) / square.width * side
-            here, there = (u * side, v * side), (float(seen[0]) + side + gap, float(seen[1]))
-            colour = tuple(int(255 * value) for value in colorsys.hsv_to_rgb(column / points, 1.0 - 0.5 * row / points, 1.0))
-            if crop.mask[int(v * crop.mask.shape[0]), int(u * crop.mask.shape[1])] > 0.5:
-                draw.line([here, there], fill=colour, width=1)
-            sure = collage.sureness[y, x] >= 0.25
-            for a, b in (here, there):
-                draw.ellipse([a - radius, b - radius, a + radius, b + radius], fill=colour if sure else None, outline=colour if not sure else "black")
+            if collage.valid[y, x]:
+                seen = (collage.flow[:, y, x] - torch.tensor([square.x, square.y])) / square.width * side
+                colour = tuple(int(255 * value) for value in colorsys.hsv_to_rgb(column / points, 1.0 - 0.5 * row / points, 1.0))
+                masked = crop.mask[int(v * len(crop.mask)), int(u * len(crop.mask))] > 0.5
+                matched.append(((u * side, v * side), (float(seen[0]) + side + gap, float(seen[1])), colour, masked, collage.sureness[y, x] >= 0.25))
+    for here, there, colour, masked, _ in matched:
+        if masked:
+            draw.line([here, there], fill=colour, width=1)
+    for here, there, colour, _, sure in matched:  # over the lines
+        for x, y in (here, there):
+            draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour if sure else None, outline="black" if sure else colour)
     return torch.from_numpy(np.asarray(sheet).copy()).permute(2, 0, 1).float() / 255
