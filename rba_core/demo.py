@@ -34,7 +34,7 @@ def run(model: RefineByAlign, folder: Path, seed: int = 0, progress: Progress | 
     box = crop_box(mask, 1.6, 8)
     closeups = [("before", box.crop(image)), ("after", box.crop(refined.image))]
     write_picture(folder / "overview.png", overview(panels, closeups))
-    print(f"refined in {seconds:.1f} s; pictures in {folder.resolve()}:")
+    print(f"refined in {seconds:.1f} s, confidence {refined.confidences[0]:.2f}; pictures in {folder.resolve()}:")
     for name, meaning in (("overview.png", "everything at a glance"), ("result.png", "the refined image"), ("correspondence.png", "M*, the region found in the reference")):
         print(f"  {folder / name}  {meaning}")
 

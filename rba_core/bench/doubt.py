@@ -24,6 +24,8 @@ KINDS = {
     "mirrored": "the reference mirrored",
     "hidden": "what corresponds to the mask, and a little around it, painted grey in the reference and taken off its object",
 }
+LOW = 0.5
+"""Below this confidence a registration is more likely wrong than right."""
 RIGHT, WRONG = 0.12, 0.25
 """End-point errors up to which a registration counts as right, and from which as wrong, when calibrating."""
 
@@ -44,9 +46,9 @@ def made_to_fail(item: Item, kind: str, other: Item) -> Item:
 def doubt(set_folder, model: RefineByAlign, limit: int | None = None, seed: int = 0, progress: Progress | None = None) -> dict:
     """`detail` and `paper` on each item with its own reference and with ones made to fail.
 
-    returns   {"set", "n", "min_confidence", "kinds": {kind: {"low": share of registrations not believed, "confidence":
-              median, "detail": means, "paper": means}}, "told": share of items where the right reference has more confidence
-              than the wrong object's, "items": [...]}
+    returns   {"set", "n", "min_confidence", "kinds": {kind: {"low": share of confidences below LOW, "unused": below what
+              a registration needs to be used, "confidence": median, "detail": means, "paper": means}}, "told": share of items
+              where the right reference has more confidence than the wrong object's, "items": [...]}
     """
     items = BenchmarkSet(set_folder)
     chosen = items.having("correspondence", limit)
@@ -70,25 +72,30 @@ def doubt(set_folder, model: RefineByAlign, limit: int | None = None, seed: int 
         if progress:
             progress(index + 1, len(chosen))
 
-    least = Settings().min_confidence
+    return {"set": items.folder.resolve().name, "n": len(chosen), "min_confidence": Settings().min_confidence, **summary(rows), "items": rows}
+
+
+def summary(rows: Sequence[dict]) -> dict:
+    """"kinds" and "told" of what `doubt` returns, from its items."""
     kinds = {}
     for kind in KINDS:
         own = [row for row in rows if row["kind"] == kind]
-        confidences = [row["detail"].get("confidence", 0.0) for row in own]
+        confidences = np.array([row["detail"].get("confidence", 0.0) for row in own])
         means = {name: {figure: float(np.mean([row[name][figure] for row in own])) for figure in PIXEL_METRICS if figure in own[0][name]} for name in ("detail", "paper")}
-        kinds[kind] = {"n": len(own), "low": float(np.mean([value < least for value in confidences])), "confidence": float(np.median(confidences)), **means}
+        shares = {"low": float((confidences < LOW).mean()), "unused": float((confidences < Settings().min_confidence).mean())}
+        kinds[kind] = {"n": len(own), **shares, "confidence": float(np.median(confidences)), **means}
     of = {(row["id"], row["kind"]): row["detail"].get("confidence", 0.0) for row in rows}
-    told = float(np.mean([of[items[position].id, "right"] > of.get((items[position].id, "wrong object"), 0.0) for position in chosen]))
-    return {"set": items.folder.resolve().name, "n": len(chosen), "min_confidence": least, "kinds": kinds, "told": told, "items": rows}
+    right = [(name, confidence) for (name, kind), confidence in of.items() if kind == "right"]
+    return {"kinds": kinds, "told": float(np.mean([confidence > of.get((name, "wrong object"), 0.0) for name, confidence in right]))}
 
 
 def doubt_table(results: dict) -> list[str]:
     """What `doubt` returns as lines of Markdown."""
     shown = [("hp_ssim", "hp-SSIM"), ("detail_ncc", "NCC")]
-    lines = ["| reference | n | not believed | median confidence | " + " | ".join(f"{title}, detail / paper" for _, title in shown) + " |", "| --- " * (4 + len(shown)) + "|"]
+    lines = ["| reference | n | confidence below one half | not used | median confidence | " + " | ".join(f"{title}, detail / paper" for _, title in shown) + " |", "| --- " * (5 + len(shown)) + "|"]
     for kind, values in results["kinds"].items():
         pairs = [f"{values['detail'][name]:.3f} / {values['paper'][name]:.3f}" if name in values["detail"] else "" for name, _ in shown]
-        lines.append(f"| {kind} | {values['n']} | {values['low']:.0%} | {values['confidence']:.3f} | " + " | ".join(pairs) + " |")
+        lines.append(f"| {kind} | {values['n']} | {values['low']:.0%} | {values['unused']:.0%} | {values['confidence']:.3f} | " + " | ".join(pairs) + " |")
     return lines
 
 

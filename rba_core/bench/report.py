@@ -60,7 +60,7 @@ def steps_section(results: dict) -> list[str]:
 
 
 def doubt_section(results: dict) -> list[str]:
-    told = f"Believed from a confidence of {results['min_confidence']:g} ({results['model']}). The right reference has more confidence than the wrong object's in {results['told']:.0%}."
+    told = f"Registrations are used from a confidence of {results['min_confidence']:g} ({results['model']}). The right reference has more confidence than the wrong object's in {results['told']:.0%}."
     kinds = [f"- **{kind}**: {KINDS[kind]}" for kind in results["kinds"]]
     return [f"## Pairs made to fail: {results['set']}, {results['n']} items", "", *doubt_table(results), "", told, "", *kinds, ""]
 

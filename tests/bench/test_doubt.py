@@ -41,10 +41,11 @@ def test_shares_of_low_confidence_and_of_right_choices(small_set, methods, tmp_p
     results = bench.doubt(small_set, object(), progress=lambda done, total: told.append((done, total)))
     assert told == [(1, 2), (2, 2)] and results["n"] == 2 and results["told"] == 1
     assert [results["kinds"][kind]["low"] for kind in bench.KINDS] == [0, 1, 1, 1]
+    assert [results["kinds"][kind]["unused"] for kind in bench.KINDS] == [0, 1, 1, 1]
     assert results["kinds"]["right"]["detail"] == results["kinds"]["right"]["paper"]
     (tmp_path / "doubt.json").write_text(json.dumps(results | {"model": "rba-tiny"}))
     write_report([tmp_path], tmp_path / "page.md")
-    assert "| wrong object | 2 | 100% | 0.020 |" in (tmp_path / "page.md").read_text()
+    assert "| wrong object | 2 | 100% | 100% | 0.020 |" in (tmp_path / "page.md").read_text()
 
 
 def test_the_calibration_tells_right_from_wrong():
