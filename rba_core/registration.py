@@ -42,8 +42,8 @@ UNLIKE = 0.25, 0.3
 """Apart from the best candidate by this shift, in half sides, or log scale, another one is a rival."""
 CALIBRATION = (4.21, 5.43, 1.41, 7.04, -4.46), -12.26
 """Log-odds that a registration is right: what each of `Registration.evidence` counts, and the constant. A logistic
-regression over items of the validation split, with and without photos for textures, with right references and with ones
-made to fail (`rba bench doubt --calibrate`)."""
+regression (`rba bench doubt --calibrate`) over items of the validation split, with and without photos for textures, as they
+are and once more with harsher light, blur, grain and JPEG between the views; right references and ones made to fail."""
 UNKNOWN = 1.2
 """For the attention's evidence where there is none."""
 
