@@ -133,7 +133,8 @@ def carry_back(mask: Tensor, warp: Tensor, height: int, width: int) -> Tensor:
     """A crop's mask `[S, S]` as it lies on the reference, `[height, width]` in {0, 1}; the warp is inverted by Newton's method."""
     carried = torch.zeros(height, width)
     landed = warped(warp, grid(mask.shape[-1])[mask > 0.5])
-    low, high = landed.amin(0).floor().long() - 2, landed.amax(0).ceil().long() + 2
+    half_pixel = (warp.abs() @ torch.tensor([1.0, 1.0, 0.0, 3.0, 1.0, 3.0])[: warp.shape[1]]) / mask.shape[-1]  # at most, by the slopes
+    low, high = (landed.amin(0) - half_pixel).floor().long() - 2, (landed.amax(0) + half_pixel).ceil().long() + 2
     columns, rows = (torch.arange(extent)[max(0, int(a)) : max(0, int(b))] for a, b, extent in zip(low, high, (width, height)))
     if not len(columns) or not len(rows):
         return carried

@@ -123,6 +123,16 @@ def test_the_region_is_the_inverse_of_the_warp():
     assert (affine - carry_back(mask, torch.cat([TRUE, torch.zeros(2, 3)], 1), 160, 180)).abs().sum() == 0
 
 
+@pytest.mark.parametrize("bent", [False, True])
+def test_on_a_much_larger_reference_the_region_is_whole(bent):
+    """A pixel of the mask covers 20 x 20 of the reference: its outer half, too."""
+    mask = torch.zeros(32, 32)
+    mask[10:20, 8:24] = 1
+    warp = torch.tensor([[320.0, 0.0, 330.0], [0.0, 320.0, 330.0]])
+    region = carry_back(mask, torch.cat([warp, torch.zeros(2, 3)], 1) if bent else warp, 660, 660)
+    assert Box.around(region) == Box(170, 210, 320, 200) and region.sum() > 0.98 * 320 * 200
+
+
 def test_a_region_off_the_reference_is_empty():
     assert not carry_back(hole(), TRUE + torch.tensor([[0, 0, 900.0], [0, 0, 0]]), 160, 180).any()
 
