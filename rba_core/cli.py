@@ -70,7 +70,7 @@ def align(options) -> None:
     from .alignment import align as align_crop
     from .collage import in_the_image
     from .overlay import draw_matches, overlay
-    from .pipeline import Settings, best_match, check_inputs
+    from .pipeline import Settings, best_match, checked_references
     from .postprocessing import CleaningSettings
     from .reference_encoding import encode_reference
     from .zoom_crop import zoom_crop
@@ -83,10 +83,9 @@ def align(options) -> None:
     mask, references, reference_masks = _inputs(options)
     if options.raw and len(references) > 1:
         raise InputError("raw", "shows one reference", "give one, or leave it out")
-    for reference, reference_mask in zip(references, reference_masks, strict=True):
-        check_inputs(image, mask, reference, reference_mask)
+    references, object_masks = checked_references(image, mask, references, reference_masks)
     model = _load(options)
-    wholes = [encode_reference(model, reference, torch.ones(reference.shape[-2:]) if selection is None else selection) for reference, selection in zip(references, reference_masks)]
+    wholes = [encode_reference(model, reference, object_mask) for reference, object_mask in zip(references, object_masks)]
     settings = Settings(
         layer=options.layer, timestep=options.timestep, noise_level=options.noise_level, cleaning=CleaningSettings(threshold=options.threshold),
         dense=not options.no_dense, levels=options.levels, register=not options.no_register, min_confidence=options.min_confidence,
@@ -151,7 +150,7 @@ def bench_grid_search(options) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with _bar("grid search", "pass") as progress:
         results = grid_search(options.set, _load(options), steps_of_t, options.limit, options.seed, progress)
-    (folder / "grid.json").write_text(json.dumps(results | {"model": Path(options.model).name}, indent=1) + "\n")
+    _write_results(folder / "grid.json", results, options)
     draw(results, folder)
     best = results["best"]
     print(f"{folder}  (t = {best['timestep']}, layer {best['layer']}: mean IoU {best['miou']:.3f} over {results['n']} items)")
@@ -169,7 +168,7 @@ def bench_steps(options) -> None:
     print("\n".join(steps_table(results)))
     print(f"\n{results['fewest']} steps stay within {NEAR:.0%} of the most in every metric")
     if options.json:
-        Path(options.json).write_text(json.dumps(results | {"model": Path(options.model).name}, indent=1) + "\n")
+        _write_results(options.json, results, options)
 
 
 def bench_doubt(options) -> None:
@@ -182,7 +181,7 @@ def bench_doubt(options) -> None:
     print("\n".join(doubt_table(results)))
     print(f"\nthe right reference has more confidence than the wrong object's in {results['told']:.0%}")
     if options.json:
-        Path(options.json).write_text(json.dumps(results | {"model": Path(options.model).name}, indent=1) + "\n")
+        _write_results(options.json, results, options)
     if options.calibrate:
         weights, constant = calibrate([results])
         print(f"CALIBRATION = ({', '.join(f'{weight:.2f}' for weight in weights)}), {constant:.2f}")
@@ -219,8 +218,6 @@ def train(options) -> None:
 def _inputs(options) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
     pictures = [read_image(path, "reference") for path in options.reference]
     masks = [read_mask(path, "reference mask") for path in options.reference_mask or ()]
-    if masks and len(masks) != len(pictures):
-        raise InputError("reference mask", f"is given {len(masks)} times for {len(pictures)} references", "give one for each reference, or none")
     if not masks:  # a cut-out product shot has its object's mask as alpha
         cut_out = [picture.alpha is not None and (picture.alpha < 128).any() for picture in pictures]
         masks = [torch.from_numpy(picture.alpha > 127).float() if cut else None for picture, cut in zip(pictures, cut_out)]
@@ -266,6 +263,11 @@ def _load(options):
     except (RuntimeError, AssertionError) as error:
         raise InputError("device", f"{device!r} is not available here", "use cpu, cuda, cuda:N or mps") from error
     return RefineByAlign.load(options.model, device=device, dtype=dtype)
+
+
+def _write_results(path: str | Path, results: dict, options) -> None:
+    """For `rba report`, with the name of the model that they are of."""
+    Path(path).write_text(json.dumps(results | {"model": Path(options.model).name}, indent=1) + "\n")
 
 
 class _bar:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .geometry import Box, resize, resize_mask
 from .postprocessing import MatchedRegion
-from .registration import carry_back, grid, nearness, register, shrunk, warped
+from .registration import blurred, carry_back, grid, nearness, register, shrunk, warped
 from .zoom_crop import ZoomCrop
 
 TONE = 48
@@ -105,9 +105,7 @@ def match_tone(picture: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     def nearby(values: Tensor) -> Tensor:
         """Mean over the surroundings; far from all weight, that of the whole."""
         whole = (values * weight).sum((1, 2), keepdim=True) / total
-        spread = F.adaptive_avg_pool2d(torch.cat([values * weight, weight[None]]), small)
-        for _ in range(3):  # three box filters are nearly a Gaussian
-            spread = F.avg_pool2d(spread, 2 * (small // 6) + 1, 1, small // 6, count_include_pad=False)
+        spread = blurred(F.adaptive_avg_pool2d(torch.cat([values * weight, weight[None]]), small), small // 6)
         field = (spread[:-1] + 1e-4 * whole) / (spread[-1:] + 1e-4)
         return F.interpolate(field[None], (size, size), mode="bilinear")[0]
 

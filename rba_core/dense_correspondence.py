@@ -137,14 +137,6 @@ def agreeing(affine: np.ndarray, cells: np.ndarray, seen: np.ndarray, tolerance:
     return np.maximum(0, 1 - (error / tolerance) ** 2)
 
 
-def carry(mask: Tensor, affine: Tensor, height: int, width: int) -> Tensor:
-    """A crop's mask `[S, S]` as it lies on the reference, `[height, width]` in {0, 1}."""
-    back = torch.linalg.inv(affine[:, :2])
-    x, y = torch.arange(width) + 0.5 - affine[0, 2], torch.arange(height) + 0.5 - affine[1, 2]
-    points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1) @ back.T
-    return (F.grid_sample(mask[None, None].float(), points[None], align_corners=False)[0, 0] > 0.5).float()
-
-
 def _to_pixels(box: Box) -> Tensor:
     """[-1, 1] over a box -> pixels of its picture, `[2, 3]`."""
     return torch.tensor([[box.width / 2, 0, box.x + box.width / 2], [0, box.height / 2, box.y + box.height / 2]])

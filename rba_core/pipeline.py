@@ -11,13 +11,14 @@ from torch import Tensor
 
 from .alignment import attend, correspondence
 from .collage import Collage, lay_over, transfer_detail
-from .dense_correspondence import Placement, carry, place
+from .dense_correspondence import Placement, place
 from .errors import InputError
 from .geometry import Box
 from .model import RefineByAlign
 from .postprocessing import CleaningSettings, MatchedRegion, clean
 from .reference_encoding import EncodedReference, encode_reference
 from .refinement import Progress, refine
+from .registration import carry_back
 from .stitch import stitch
 from .zoom_crop import ZoomCrop, separate, zoom_crop
 
@@ -123,14 +124,12 @@ def refine_by_align(
     Of several references of one object, with as many masks, each artifact takes the one that it is found in most
     surely. Outside the mask the result equals the image bit for bit. The same seed gives the same result.
     """
-    references, reference_masks = together(reference, reference_mask)
-    for number, (picture, selection) in enumerate(zip(references, reference_masks), 1):
-        check_inputs(image, mask, picture, selection, f" {number}" if len(references) > 1 else "")
+    references, object_masks = checked_references(image, mask, reference, reference_mask)
     if settings.on_flat not in ("error", "single-stage"):
         raise InputError("on_flat", f"is {settings.on_flat!r}", "use error or single-stage")
     if settings.levels < 1:
         raise InputError("levels", f"is {settings.levels}", "use 1 or more")
-    wholes = [encode_reference(model, picture, torch.ones(picture.shape[-2:]) if selection is None else selection) for picture, selection in zip(references, reference_masks)]
+    wholes = [encode_reference(model, picture, object_mask) for picture, object_mask in zip(references, object_masks)]
     artifacts = [mask] if settings.one_crop else separate(mask)
     result, matches = image, []
     for index, artifact in enumerate(artifacts):
@@ -145,8 +144,10 @@ def refine_by_align(
     return Refined(result, matches)
 
 
-def together(reference: Tensor | Sequence[Tensor], reference_mask: Tensor | Sequence[Tensor | None] | None) -> tuple[list[Tensor], list[Tensor | None]]:
-    """References and their masks as lists of one length."""
+def checked_references(
+    image: Tensor, mask: Tensor, reference: Tensor | Sequence[Tensor], reference_mask: Tensor | Sequence[Tensor | None] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """References and their objects' masks as lists of one length. Raises `InputError` for any input that is not as it should be."""
     references = [reference] if isinstance(reference, Tensor) else list(reference)
     if reference_mask is None:
         reference_mask = [None] * len(references)
@@ -155,7 +156,9 @@ def together(reference: Tensor | Sequence[Tensor], reference_mask: Tensor | Sequ
         raise InputError("reference", "is missing", "give at least one photo of the object")
     if len(reference_masks) != len(references):
         raise InputError("reference mask", f"is given {len(reference_masks)} times for {len(references)} references", "give one for each reference, or none")
-    return references, reference_masks
+    for number, (picture, selection) in enumerate(zip(references, reference_masks), 1):
+        check_inputs(image, mask, picture, selection, f" {number}" if len(references) > 1 else "")
+    return references, [torch.ones(picture.shape[-2:]) if selection is None else selection for picture, selection in zip(references, reference_masks)]
 
 
 def best_match(
@@ -206,7 +209,7 @@ def carried(mask: Tensor, placement: Placement | None, object_mask: Tensor) -> M
     """M* as the map that the cells agree on carries the crop's mask; `None` where they do not, or it leaves the object."""
     if placement is None or not placement.agreement >= MIN_AGREEMENT:
         return None
-    region = carry(mask, placement.affine, *object_mask.shape) * object_mask
+    region = carry_back(mask, placement.affine, *object_mask.shape) * object_mask
     return MatchedRegion(region, Box.around(region), region, placement) if region.any() else None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -73,13 +74,13 @@ def register(picture: Tensor, mask: Tensor, reference: Tensor, reference_mask: T
     half_side = float(torch.linalg.det(start[:, :2]).abs().sqrt())
     looser = LOOSER if placement is None else 1.0
 
+    @cache
     def view(size: int) -> _View:
         return _View.of(picture, mask, reference, reference_mask, size, half_side)
 
-    def attended(warps: Tensor) -> Tensor:
-        if placement is None:
-            return -PRIOR / ATTENTION * _departure(warps, start, looser)
-        return attention_at(placement, box, warps)
+    def total(seen: _View, warps: Tensor, score: Tensor) -> Tensor:
+        said = -PRIOR * _departure(warps, start, looser) if placement is None else ATTENTION * attention_at(placement, box, warps)
+        return score + DETAIL * seen.local_correlation(warps)[0] + said
 
     warps = _search(view(SEARCH), start, looser)
     if placement is not None:
@@ -88,14 +89,14 @@ def register(picture: Tensor, mask: Tensor, reference: Tensor, reference_mask: T
     for size, kept, rounds, cut in ((COARSE, KEPT[0], 12, 0.2), (MIDDLE, KEPT[1], 8, 0.1)):
         seen = view(size)
         warps, score = seen.fit(warps, 1, rounds, cut)
-        score = score + DETAIL * seen.local_correlation(warps)[0] + ATTENTION * attended(warps)
+        score = total(seen, warps, score)
         if size == COARSE:
             lead = _lead(warps, score, half_side)
         warps = warps[score.topk(min(kept, len(score))).indices]
     seen = view(FINE)
     warps, _ = seen.fit(warps, 1, 8, 0.1)
     warps, score = seen.fit(warps, 2, 10, 0.07)
-    best = int((score + DETAIL * seen.local_correlation(warps)[0] + ATTENTION * attended(warps)).argmax())
+    best = int(total(seen, warps, score).argmax())
     warp, correlation = warps[best : best + 1], float(score[best])
     if picture.shape[-1] > FINE:
         warp, _ = view(min(FINEST, picture.shape[-1])).fit(warp, 2, 6, 0.07)
@@ -258,14 +259,14 @@ class _View:
         """A map `[S, S]` with what is known beside the mask spread under it, 0 to 1."""
         size = agreement.shape[-1]
         beside = self.near * (self.hole < 0.5)
-        spread = _blurred(torch.stack([agreement.clamp(min=0) * beside, beside]), size // 8)
+        spread = blurred(torch.stack([agreement.clamp(min=0) * beside, beside]), size // 8)
         return torch.where(self.hole < 0.5, agreement, spread[0] / spread[1].clamp(min=1e-6)).clamp(0, 1)
 
 
 def nearness(hole: Tensor) -> Tensor:
     """How much each pixel of the crop `[S, S]` counts: most next to the mask, nothing under it."""
     small = hole if hole.shape[-1] <= FINEST else F.adaptive_avg_pool2d(hole[None], FINEST)[0]
-    near = _blurred(small[None], small.shape[-1] // 12)
+    near = blurred(small[None], small.shape[-1] // 12)
     near = F.interpolate(near[None], hole.shape, mode="bilinear")[0, 0]
     return torch.where(hole > 0.5, 0.0, (near / near.max().clamp(min=1e-6)).sqrt())
 
@@ -278,8 +279,8 @@ def shrunk(reference: Tensor, mask: Tensor, factor: float) -> tuple[Tensor, floa
     return torch.cat([resize(reference, *size) * mask, mask]), factor
 
 
-def _blurred(values: Tensor, reach: int) -> Tensor:
-    """Three box filters, nearly a Gaussian, over `[C, S, S]`."""
+def blurred(values: Tensor, reach: int) -> Tensor:
+    """Three box filters, nearly a Gaussian, over `[C, S, S]`; deviation about `reach` pixels."""
     for _ in range(3):
         values = F.avg_pool2d(values, 2 * reach + 1, 1, reach, count_include_pad=False)
     return values

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from rba_core.dense_correspondence import best_similarity, carry, centres, fit_affine, looked_at, place
+from rba_core.dense_correspondence import best_similarity, centres, fit_affine, looked_at, place
 from rba_core.geometry import Box
+from rba_core.registration import carry_back
 from rba_core.zoom_crop import ZoomCrop
 
 TURNED = np.array([[0.4, -0.1, 0.2], [0.12, 0.35, -0.3]])
@@ -112,7 +113,7 @@ def test_the_fit_is_exact_where_cells_agree():
 def test_carry_moves_a_mask():
     mask = torch.zeros(10, 10)
     mask[2:4, 5:9] = 1
-    doubled = carry(mask, torch.tensor([[10.0, 0, 12], [0, 10.0, 11]]), 24, 30)  # 20 pixels for 10, from (2, 1)
+    doubled = carry_back(mask, torch.tensor([[10.0, 0, 12], [0, 10.0, 11]]), 24, 30)  # 20 pixels for 10, from (2, 1)
     assert Box.around(doubled) == Box(12, 5, 8, 4) and doubled.sum() == 32
     assert doubled.shape == (24, 30)
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 from scipy import ndimage, optimize, special
-from torch import Tensor
 
 from ..errors import InputError
 from ..model import RefineByAlign

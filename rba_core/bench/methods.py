@@ -19,7 +19,7 @@ from ..pipeline import Refined, Settings, believed, grow, redraw, refine_by_alig
 from ..postprocessing import MatchedRegion, clean
 from ..reference_encoding import encode_reference, segment
 from ..registration import grid, warped
-from ..zoom_crop import ZoomCrop, separate, zoom_crop
+from ..zoom_crop import ZoomCrop, crop_box, separate, zoom_crop
 from .dataset import Item
 
 SHAVED = 3
@@ -55,23 +55,23 @@ def detail(item: Item, model: RefineByAlign, seed: int, **settings) -> Outcome:
     collages = [match.collage for match in refined.matches if match.collage is not None]
     surest = min(collages, key=lambda collage: collage.confidence) if collages else None
     return Outcome(
-        refined.image, reduce(_united, found) if found else None, len(found) < len(refined.regions), _flow(item, refined, model, settings),
+        refined.image, reduce(_united, found) if found else None, len(found) < len(refined.regions), _flow(item, refined, model),
         surest and surest.confidence, surest.evidence if surest else (),
     )
 
 
-def _flow(item: Item, refined: Refined, model: RefineByAlign, settings: Settings) -> Tensor | None:
+def _flow(item: Item, refined: Refined, model: RefineByAlign) -> Tensor | None:
     """Of the registrations, believed or not, or else of the maps that the attention agreed on."""
     flow = torch.full((2, *item.mask.shape), torch.nan)
     for artifact, match in zip(separate(item.mask), refined.matches):
-        crop = _crop(item, model, artifact)
+        box = crop_box(artifact, model.config.context, model.stride)
         if match.collage is not None:
             laid = match.collage.flow
         elif match.region is not None and match.region.placement is not None:
-            laid = warped(match.region.placement.over(crop.box), grid(crop.box.width)).movedim(-1, 0)
+            laid = warped(match.region.placement.over(box), grid(box.width)).movedim(-1, 0)
         else:
             continue
-        flow = torch.where(artifact > 0.5, crop.box.paste(flow, laid), flow)
+        flow = torch.where(artifact > 0.5, box.paste(flow, laid), flow)
     return None if flow.isnan().all() else flow
 
 
@@ -118,7 +118,7 @@ def no_reference(item: Item, model: RefineByAlign, seed: int) -> Outcome:
     """The embedding dropped as in training, no collage: what the surroundings and the model's memory give."""
     whole = encode_reference(model, item.reference, item.object_mask)
     dropped = replace(whole, embedding=torch.zeros_like(whole.embedding))
-    return Outcome(redraw(model, item.image, item.mask, _crop(item, model, item.mask), dropped, None, Settings(), seed))
+    return Outcome(redraw(model, item.image, item.mask, _crop(item, model), dropped, None, Settings(), seed))
 
 
 def none(item: Item, model: RefineByAlign | None, seed: int) -> Outcome:
@@ -179,13 +179,13 @@ METHODS = {
 NEED_MODEL = set(METHODS) - {"none", "telea", "sift-warp", "oracle-warp"}
 
 
-def _crop(item: Item, model: RefineByAlign, mask: Tensor) -> ZoomCrop:
-    return zoom_crop(item.image, mask, model.config.image_size, context=model.config.context, multiple=model.stride)
+def _crop(item: Item, model: RefineByAlign) -> ZoomCrop:
+    return zoom_crop(item.image, item.mask, model.config.image_size, context=model.config.context, multiple=model.stride)
 
 
 def _redrawn(item: Item, model: RefineByAlign, region: MatchedRegion, seed: int) -> Outcome:
     """The second stage of `refine_by_align` on a region from elsewhere; the mask as one artifact."""
-    settings, crop = Settings(), _crop(item, model, item.mask)
+    settings, crop = Settings(), _crop(item, model)
     region, collage = register(crop, item.reference, item.object_mask, region, item.image, settings)
     guide = encode_reference(model, item.reference, grow(region, settings.region_margin) * item.object_mask)
     return Outcome(redraw(model, item.image, item.mask, crop, guide, believed(collage, settings), settings, seed), region, confidence=collage.confidence)
