@@ -41,12 +41,10 @@ WINDOW, FAINT = 11, 3e-4
 """Of the local correlation: side in pixels of FINE, and the variance below which a window is flat."""
 UNLIKE = 0.25, 0.3
 """Apart from the best candidate by this shift, in half sides, or log scale, another one is a rival."""
-CALIBRATION = (4.21, 5.43, 1.41, 7.04, -4.46), -12.26
-"""Log-odds that a registration is right: what each of `Registration.evidence` counts, and the constant. A logistic
-regression (`rba bench doubt --calibrate`) over items of the validation split, with and without photos for textures, as they
-are and once more with harsher light, blur, grain and JPEG between the views; right references and ones made to fail."""
-UNKNOWN = 1.2
-"""For the attention's evidence where there is none."""
+CALIBRATION = (6.1, 5.37, 1.14, 9.36, -4.13), -13.89
+"""Log-odds that a registration is right: what each of `Registration.evidence` counts, and the constant. A logistic regression
+(`rba bench calibrate --limit 72`) over two sets of the validation split, seeds 5 and 7, the second with photos for textures and
+light 1.5; right references and ones made to fail, as they are and taken anew: other light, softer, grainier, bent."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def register(picture: Tensor, mask: Tensor, reference: Tensor, reference_mask: T
     if picture.shape[-1] > FINE:
         warp, _ = view(min(FINEST, picture.shape[-1])).fit(warp, 2, 6, 0.07)
     local, agreement = seen.local_correlation(warp)
-    support = UNKNOWN if placement is None else float(attention_at(placement, box, warp)[0])
+    support = 0.0 if placement is None else float(attention_at(placement, box, warp)[0])
     evidence = correlation, float(local[0]), support, min(lead, 0.3), _mirrored_lead(view, warp[..., :3], start)
     weights, constant = CALIBRATION
     log_odds = constant + sum(weight * value for weight, value in zip(weights, evidence))
