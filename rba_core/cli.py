@@ -119,22 +119,30 @@ def demo(options) -> None:
 
 
 def bench_run(options) -> None:
-    from .bench.run import format_table, run
-    from .bench.sheet import ContactSheet
+    from .bench.report import contact_sheet_of, write_report
+    from .bench.run import Share, format_table, run, write_json
 
     methods = [name.strip() for name in options.methods.split(",")]
-    for path in filter(None, (options.json, options.sheet)):
-        check_output(path, lossless=path == options.sheet)
-    sheet = ContactSheet() if options.sheet else None
-    with _bar("bench", "outcome") as progress:
-        results = run(
-            options.set, methods, _load(options), limit=options.limit, seed=options.seed, progress=progress, on_item=sheet.add if sheet else None
-        )
-    print(format_table(results))
-    if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
-    if sheet:
-        sheet.save(options.sheet)
+    folder = _folder(options.out)
+    names = [Path(given).resolve().name for given in options.sets]
+    if len(set(names)) < len(names):
+        raise InputError("sets", f"have one name twice: {', '.join(names)}", "rename a folder: results are filed by the sets' names")
+    share = Share.of_this_process()
+    model = _load(options)
+    for given, name in zip(options.sets, names):
+        with _bar(f"bench {name}", "item") as progress:
+            results = run(given, methods, model, folder / name, limit=options.limit, seed=options.seed, share=share, progress=progress)
+        if results is None:
+            continue
+        target = folder / f"{name}.json"
+        write_json(target, results | {"model": Path(options.model).name})
+        contact_sheet_of(results, target)
+        print(format_table(results), end="\n\n")
+        if results["failed"]:
+            print(f"{len(results['failed'])} outcomes failed and are left out, the first: {results['failed'][0]['method']} on {results['failed'][0]['id']}: {results['failed'][0]['problem']}\n")
+    if share.rank == 0:
+        write_report([folder / f"{name}.json" for name in names], folder / "report.html")
+        print(folder / "report.html")
 
 
 def bench_grid_search(options) -> None:
@@ -144,10 +152,7 @@ def bench_grid_search(options) -> None:
         steps_of_t = [int(value) for value in options.steps_of_t.split(",")]
     except ValueError as error:
         raise InputError("timesteps", f"are {options.steps_of_t!r}", "give whole numbers with commas between") from error
-    folder = Path(options.out)
-    if folder.is_file():
-        raise InputError("out", f"{folder} is a file", "give a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(options.out)
     with _bar("grid search", "pass") as progress:
         results = grid_search(options.set, _load(options), steps_of_t, options.limit, options.seed, progress)
     _write_results(folder / "grid.json", results, options)
@@ -159,32 +164,41 @@ def bench_grid_search(options) -> None:
 
 
 def bench_steps(options) -> None:
+    from .bench.report import markdown_table
     from .bench.steps import NEAR, compare_steps, steps_table
 
     if options.json:
         check_output(options.json, lossless=False)
     with _bar("steps", "outcome") as progress:
         results = compare_steps(options.set, _load(options), limit=options.limit, seed=options.seed, progress=progress)
-    print("\n".join(steps_table(results)))
+    print("\n".join(markdown_table(steps_table(results))))
     print(f"\n{results['fewest']} steps stay within {NEAR:.0%} of the most in every metric")
     if options.json:
         _write_results(options.json, results, options)
 
 
 def bench_doubt(options) -> None:
-    from .bench.doubt import calibrate, doubt, doubt_table
+    from .bench.doubt import doubt, doubt_table
+    from .bench.report import markdown_table
 
     if options.json:
         check_output(options.json, lossless=False)
     with _bar("doubt", "item") as progress:
         results = doubt(options.set, _load(options), limit=options.limit, seed=options.seed, progress=progress)
-    print("\n".join(doubt_table(results)))
+    print("\n".join(markdown_table(doubt_table(results))))
     print(f"\nthe right reference has more confidence than the wrong object's in {results['told']:.0%}")
     if options.json:
         _write_results(options.json, results, options)
-    if options.calibrate:
-        weights, constant = calibrate([results])
-        print(f"CALIBRATION = ({', '.join(f'{weight:.2f}' for weight in weights)}), {constant:.2f}")
+
+
+def bench_calibrate(options) -> None:
+    from .bench.calibration import calibrate
+
+    with _bar("calibrate", "item") as progress:
+        fitted = calibrate(options.sets, _load(options), limit=options.limit, seed=options.seed, progress=progress)
+    print(f"CALIBRATION = ({', '.join(f'{weight:.2f}' for weight in fitted['weights'])}), {fitted['constant']:.2f}")
+    for bar, shares in fitted["below"].items():
+        print(f"below {bar:g}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
 
 
 def report(options) -> None:
@@ -196,8 +210,10 @@ def report(options) -> None:
 
 def bench_make(options) -> None:
     from .bench.synthetic import make_set
+    from .data.textures import load_photos
 
-    make_set(options.folder, options.n, options.seed, options.split, options.size, workers=options.workers)
+    photos = load_photos(options.photos) if options.photos else ()
+    make_set(options.folder, options.n, options.seed, options.split, options.size, photos, options.light, options.workers)
     print(f"{options.folder}  ({options.n} items)")
 
 
@@ -213,6 +229,14 @@ def train(options) -> None:
     except Stopped as stopped:
         print(f"rba: {stopped}", file=sys.stderr)
         raise SystemExit(128 + stopped.signum) from None
+
+
+def _folder(given: str) -> Path:
+    folder = Path(given)
+    if folder.is_file():
+        raise InputError("out", f"{folder} is a file", "give a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _inputs(options) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
@@ -267,7 +291,9 @@ def _load(options):
 
 def _write_results(path: str | Path, results: dict, options) -> None:
     """For `rba report`, with the name of the model that they are of."""
-    Path(path).write_text(json.dumps(results | {"model": Path(options.model).name}, indent=1) + "\n")
+    from .bench.run import write_json
+
+    write_json(Path(path), results | {"model": Path(options.model).name})
 
 
 class _bar:
@@ -351,15 +377,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--n", type=int, default=200, help="items (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="same seed, same set (default: %(default)s)")
     command.add_argument("--size", type=int, default=384, metavar="PX", help="side of the pictures (default: %(default)s)")
+    command.add_argument("--photos", metavar="DIR", help="photos to take textures from beside the procedural ones")
+    command.add_argument("--light", type=float, default=1.0, metavar="X", help="difference in light and colour between the views, in shares of the usual (default: %(default)s)")
     command.add_argument("--workers", type=int, default=1, metavar="N", help="processes, one core each (default: %(default)s)")
     command.set_defaults(command=bench_make)
 
-    command = benches.add_parser("run", parents=[model], help="measure methods on a benchmark folder")
-    command.add_argument("set", metavar="SET", help="folder with index.jsonl")
-    command.add_argument("--methods", default="none,telea,single-stage,refine", help="comma-separated; also oracle, features, paper and no-reference (default: %(default)s)")
-    command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
-    command.add_argument("--json", metavar="FILE", help="write all figures")
-    command.add_argument("--sheet", metavar="FILE", help="write a contact sheet")
+    command = benches.add_parser("run", parents=[model], help="measure methods on benchmark sets; goes on where it stopped, and under `accelerate launch` shares the work")
+    command.add_argument("sets", nargs="+", metavar="SET", help="folder with index.jsonl")
+    command.add_argument("--methods", default="none,telea,sift-warp,paper,detail", help="comma-separated; also single-stage, no-reference, features, unregistered, oracle, oracle-warp (default: %(default)s)")
+    command.add_argument("--limit", type=int, metavar="N", help="only the first N items of each")
+    command.add_argument("-o", "--out", default="rba-bench", metavar="DIR", help="report.html, a JSON file and a contact sheet for each set, and what is kept of each item (default: %(default)s)")
     command.set_defaults(command=bench_run)
 
     command = benches.add_parser("grid-search", parents=[model], help="find the timestep and layer to align with (Algorithm 1); use the validation split")
@@ -380,10 +407,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("set", metavar="SET", help="a benchmark set with correspondence")
     command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
     command.add_argument("--json", metavar="FILE", help="write all figures")
-    command.add_argument("--calibrate", action="store_true", help="print the weights of the confidence fitted to this set, which needs flow: a validation split's")
     command.set_defaults(command=bench_doubt)
 
-    command = commands.add_parser("report", help="write a Markdown page from what bench run, grid-search and steps wrote")
+    command = benches.add_parser("calibrate", parents=[model], help="fit the confidence anew, to right references and ones made to fail")
+    command.add_argument("sets", nargs="+", metavar="SET", help="sets with flow of the validation split")
+    command.add_argument("--limit", type=int, metavar="N", help="only the first N items of each")
+    command.set_defaults(command=bench_calibrate)
+
+    command = commands.add_parser("report", help="write a page, .html or .md, from what bench run, doubt, speed, grid-search and steps wrote")
     command.add_argument("results", nargs="+", metavar="JSON", help="files, or folders with such files")
     command.add_argument("-o", "--output", required=True, metavar="FILE")
     command.set_defaults(command=report)

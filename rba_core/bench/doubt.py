@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from scipy import ndimage, optimize, special
+from scipy import ndimage
 
 from ..errors import InputError
 from ..model import RefineByAlign
@@ -15,7 +15,7 @@ from ..pipeline import Settings
 from ..refinement import Progress
 from .dataset import BenchmarkSet, Item
 from .methods import detail, paper
-from .run import PIXEL_METRICS, measure
+from .run import PIXEL_METRICS, interval, measure
 
 KINDS = {
     "right": "the item as it is",
@@ -25,8 +25,6 @@ KINDS = {
 }
 LOW = 0.5
 """Below this confidence a registration is more likely wrong than right."""
-RIGHT, WRONG = 0.12, 0.25
-"""End-point errors up to which a registration counts as right, and from which as wrong, when calibrating."""
 
 
 def made_to_fail(item: Item, kind: str, other: Item) -> Item:
@@ -88,34 +86,17 @@ def summary(rows: Sequence[dict]) -> dict:
     return {"kinds": kinds, "told": float(np.mean([confidence > of.get((name, "wrong object"), 0.0) for name, confidence in right]))}
 
 
-def doubt_table(results: dict) -> list[str]:
-    """What `doubt` returns as lines of Markdown."""
+def doubt_table(results: dict) -> list[list[str]]:
+    """What `doubt` returns as rows of a table; the last one is of all pairs made to fail."""
     shown = [("hp_ssim", "hp-SSIM"), ("detail_ncc", "NCC")]
-    lines = ["| reference | n | confidence below one half | not used | median confidence | " + " | ".join(f"{title}, detail / paper" for _, title in shown) + " |", "| --- " * (5 + len(shown)) + "|"]
-    for kind, values in results["kinds"].items():
-        pairs = [f"{values['detail'][name]:.3f} / {values['paper'][name]:.3f}" if name in values["detail"] else "" for name, _ in shown]
-        lines.append(f"| {kind} | {values['n']} | {values['low']:.0%} | {values['unused']:.0%} | {values['confidence']:.3f} | " + " | ".join(pairs) + " |")
-    return lines
-
-
-def calibrate(results: Sequence[dict]) -> tuple[list[float], float]:
-    """`registration.CALIBRATION` anew, from what `doubt` returned for sets that have a flow: a logistic regression on the
-    evidence, with a prior of deviation 1.4 over the spread of each."""
-    evidence, right = [], []
-    for row in (row for result in results for row in result["items"] if row["evidence"]):
-        error = row["detail"].get("end_point_error", 1.0)
-        if row["kind"] != "right" or not RIGHT < error < WRONG:
-            evidence.append(row["evidence"])
-            right.append(row["kind"] == "right" and error <= RIGHT)
-    if not any(right):
-        raise InputError("set", "has no registration that is known to be right", "give sets with flow, say ones of `rba bench make --split validation`")
-    evidence, signs = np.array(evidence), np.where(right, 1.0, -1.0)
-    middle, spread = evidence.mean(0), evidence.std(0) + 1e-9
-    design = np.column_stack([(evidence - middle) / spread, np.ones(len(evidence))])
-
-    def loss(weights: np.ndarray) -> float:
-        return -special.log_expit(signs * (design @ weights)).sum() + 0.25 * (weights[:-1] ** 2).sum()
-
-    found = optimize.minimize(loss, np.zeros(design.shape[1])).x
-    weights = found[:-1] / spread
-    return weights.tolist(), float(found[-1] - weights @ middle)
+    table = [["reference", "n", "confidence below one half", "not used", *(f"{title}, {words}" for _, title in shown for words in ("detail / paper", "difference"))]]
+    kinds = {kind: [row for row in results["items"] if row["kind"] == kind] for kind in results["kinds"]}
+    kinds["all made to fail"] = [row for row in results["items"] if row["kind"] != "right"]
+    for kind, rows in kinds.items():
+        confidences = np.array([row["detail"].get("confidence", 0.0) for row in rows])
+        cells = []
+        for name, _ in shown:
+            ours, theirs = (np.array([row[method][name] for row in rows if name in row[method]]) for method in ("detail", "paper"))
+            cells += [f"{ours.mean():.3f} / {theirs.mean():.3f}", "{:+.3f} [{:+.3f}, {:+.3f}]".format((ours - theirs).mean(), *interval(ours - theirs))] if len(ours) else ["", ""]
+        table.append([kind, str(len(rows)), f"{(confidences < LOW).mean():.0%}", f"{(confidences < results['min_confidence']).mean():.0%}", *cells])
+    return table

@@ -1,18 +1,33 @@
-"""Run methods over a benchmark set and measure them."""
+"""Run methods over a benchmark set and measure them: what was done stays done, and processes share the work."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
+import diffusers
+import numpy as np
+import torch
+import transformers
+from scipy import stats
+
+from .. import __version__
 from ..errors import InputError
 from ..model import RefineByAlign
 from ..refinement import Progress
 from . import metrics
 from .dataset import BenchmarkSet, Item
 from .methods import METHODS, NEED_MODEL, Outcome
+from .sheet import save_tiles
 
 PIXEL_METRICS = ("masked_psnr", "masked_ssim", "hp_ssim", "detail_ncc")
 MEASURES = (*PIXEL_METRICS, "iou", "box_iou", "soft_iou", "token_bound_iou", "end_point_error", "confidence", "outside_changed_pixels", "fell_back", "seconds")
@@ -22,25 +37,58 @@ HEADINGS = {
     "soft_iou": "soft IoU", "token_bound_iou": "bound", "end_point_error": "EPE (median)", "confidence": "confidence", "outside_changed_pixels": "changed", "fell_back": "fell back", "seconds": "s",
 }  # fmt: skip
 
+RESAMPLES = 2000
+"""Of the bootstrap."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of several processes this is: it measures the items whose position leaves `rank` when divided by `count`."""
+
+    rank: int = 0
+    count: int = 1
+
+    @staticmethod
+    def of_this_process() -> Share:
+        """As `accelerate launch` started it; alone without."""
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return Share()
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))  # the others may have much left to do
+        return Share(state.process_index, state.num_processes)
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
 
 def run(
     set_folder: str | Path,
     methods: Sequence[str],
     model: RefineByAlign | None,
+    folder: str | Path,
     limit: int | None = None,
     seed: int = 0,
+    share: Share = Share(),
     progress: Progress | None = None,
-    on_item: Callable[[Item, dict[str, Outcome], dict[str, dict]], None] | None = None,
-) -> dict:
+) -> dict | None:
     """Measure `methods`, names of METHODS, over the first `limit` items of a set (default: all).
 
-    progress   called with (outcomes done, outcomes in all)
-    on_item    called after each item with its outcomes and figures by method, say `ContactSheet.add`
-    returns    {"set", "n", "methods": {name: means}, "groups": {label: {value: {name: means}}}, "items": [...]},
-               ready for JSON. PSNR in dB, `seconds` per item, `fell_back` the share of items of which alignment
-               said nothing (their IoU counts as 0). What a method or a set does not provide is left out.
+    folder     where figures and tiles of each item go as soon as they are there; what lies there from a run cut short, or
+               with fewer methods or items, is not done again
+    share      what part this process does; the first one gets the whole result, when the others have finished, they `None`
+    progress   called with (items done, items in all) of this process's share
+    returns    {"set", "n", "made": what made it, "methods": {name: means}, "groups": {label: {value: {name: means}}},
+               "items": [figures of one method on one item, ...], "failed": [{"id", "method", "problem"}, ...]}, ready for
+               JSON. PSNR in dB, `seconds` per item, `fell_back` the share of items of which alignment said nothing (their IoU
+               counts as 0). What a method or a set does not provide is left out; an item on which a method failed is left
+               out of that method's means.
 
-    Raises `InputError` for an unknown method and a set that cannot be read.
+    Raises `InputError` for an unknown method, a set that cannot be read, and a folder of another run.
     """
     if unknown := [name for name in methods if name not in METHODS]:
         raise InputError("methods", f"{unknown[0]!r} is not known", f"use some of {', '.join(METHODS)}")
@@ -49,33 +97,53 @@ def run(
     if model is None and (needy := NEED_MODEL & set(methods)):
         raise InputError("model", f"is missing for {', '.join(sorted(needy))}", "give one, or run none and telea only")
     items = BenchmarkSet(set_folder)
-    count = min(limit or len(items), len(items))
-    for name in methods:
-        if name in NEED_MODEL:  # the first pass also pays for memory and kernels
-            METHODS[name](items[0], model, seed)
-            break
+    count, folder = min(limit or len(items), len(items)), Path(folder)
+    made = {"seed": seed, **hashes(items, model)}
+    _claim(folder, made, share)
+    mine = range(share.rank, count, share.count)
+    warm = False
+    for number, position in enumerate(mine, 1):
+        kept = _kept(folder, position)
+        missing = [name for name in methods if name not in kept["figures"]]
+        if missing:
+            if not warm and (needy := [name for name in missing if name in NEED_MODEL]):
+                with suppress(Exception):  # what is wrong with this item is found when it is measured
+                    METHODS[needy[0]](items[position], model, seed)  # the first pass also pays for memory and kernels
+                warm = True
+            _measure_item(items, position, missing, model, seed, folder, kept)
+        if progress:
+            progress(number, len(mine))
+    share.wait()
+    if share.rank:
+        return None
+    return summary(items.folder.resolve().name, methods, [_kept(folder, position) for position in range(count)]) | {"made": made | surroundings()}
 
-    rows = []
-    for position in range(count):
-        item = items[position]
-        outcomes, figures = {}, {}
-        for name in methods:
-            started = time.perf_counter()
-            outcomes[name] = METHODS[name](item, model, seed)
-            seconds = time.perf_counter() - started
-            figures[name] = measure(item, outcomes[name]) | {"seconds": seconds}
-            rows.append({"id": item.id, "method": name, **figures[name], "task": item.task, **item.labels})
-            if progress:
-                progress(len(rows), count * len(methods))
-        if on_item:
-            on_item(item, outcomes, figures)
 
-    groups = {}
-    for label in GROUPS:
-        values = dict.fromkeys(str(row[label]) for row in rows if label in row)
-        if values:
-            groups[label] = {value: _by_method(methods, [row for row in rows if str(row.get(label)) == value]) for value in values}
-    return {"set": Path(set_folder).resolve().name, "n": count, "methods": _by_method(methods, rows), "groups": groups, "items": rows}
+def hashes(items: BenchmarkSet, model: RefineByAlign | None) -> dict[str, str]:
+    """What results depend on besides the seed, as short digests: the set's index, the model's configuration and weights,
+    this package's code."""
+
+    def digest(parts: Iterable[bytes]) -> str:
+        found = hashlib.sha256()
+        for part in parts:
+            found.update(part)
+        return found.hexdigest()[:12]
+
+    code = sorted(Path(__file__).parents[1].rglob("*.py"))
+    found = {"set": digest([(items.folder / "index.jsonl").read_bytes()]), "code": digest(path.read_bytes() for path in code)}
+    if model is not None:
+        tensors = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() for tensor in model.state_dict().values())
+        found["model"] = digest([repr(model.config).encode(), *tensors])
+    return found
+
+
+def surroundings() -> dict[str, str]:
+    """What a timing, and perhaps a last digit, depends on."""
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return {
+        "machine": machine, "system": platform.system(), "python": platform.python_version(), "refine-by-align": __version__, "torch": torch.__version__,
+        "diffusers": diffusers.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
 
 
 def measure(item: Item, outcome: Outcome) -> dict:
@@ -100,18 +168,51 @@ def measure(item: Item, outcome: Outcome) -> dict:
     return figures
 
 
+def summary(name: str, methods: Sequence[str], kept: Iterable[dict]) -> dict:
+    """What `run` returns, from what it kept of each item."""
+    rows, failed = [], []
+    for item in kept:
+        rows += [{"id": item["id"], "method": method, **item["figures"][method], **item["labels"]} for method in methods if method in item["figures"]]
+        failed += [{"id": item["id"], "method": method, "problem": item["failed"][method]} for method in methods if method in item["failed"]]
+    groups = {}
+    for label in GROUPS:
+        values = dict.fromkeys(str(row[label]) for row in rows if label in row)
+        if values:
+            groups[label] = {value: by_method(methods, [row for row in rows if str(row.get(label)) == value]) for value in values}
+    return {"set": name, "n": len({row["id"] for row in rows}), "methods": by_method(methods, rows), "groups": groups, "items": rows, "failed": failed}
+
+
+def by_method(methods: Iterable[str], rows: Sequence[dict]) -> dict[str, dict[str, float]]:
+    """Means of the measures that each method has; of the end-point error, which a few lost items would rule, the median."""
+    means = {}
+    for method in methods:
+        own = [row for row in rows if row["method"] == method]
+        values = {name: [row[name] for row in own if name in row] for name in MEASURES}
+        means[method] = {name: (statistics.median if name == "end_point_error" else statistics.fmean)(column) for name, column in values.items() if column}
+    return means
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95% confidence interval of the mean: percentile bootstrap (Efron 1979), the same each time."""
+    values = np.asarray(values, dtype=float)
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    found = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    return float(found.low), float(found.high)
+
+
 def format_table(report: dict) -> str:
     """What `run` returns as text: a line a method, then one for each method in each group."""
     sections = [("all", report["n"], report["methods"])]
     for label, values in report["groups"].items():
-        for value, by_method in values.items():
+        for value, means in values.items():
             matching = {row["id"] for row in report["items"] if str(row.get(label)) == value}
-            sections.append((f"{label} {value}", len(matching), by_method))
+            sections.append((f"{label} {value}", len(matching), means))
     shown = [name for name in MEASURES if any(name in means for means in report["methods"].values())]
     table = [["items", "n", "method", *(HEADINGS[name] for name in shown)]]
-    for title, count, by_method in sections:
-        for method, means in by_method.items():
-            table.append([title, str(count), method, *(figure(name, means.get(name)) for name in shown)])
+    for title, count, means in sections:
+        for method, own in means.items():
+            table.append([title, str(count), method, *(figure(name, own.get(name)) for name in shown)])
             title = count = ""
     widths = [max(len(str(row[column])) for row in table) for column in range(len(table[0]))]
     lines = []
@@ -130,11 +231,51 @@ def figure(name: str, value: float | None) -> str:
     return f"{value:.2f}" if name in ("masked_psnr", "seconds", "fell_back") else f"{value:.3g}" if name == "outside_changed_pixels" else f"{value:.3f}"
 
 
-def _by_method(methods: Iterable[str], rows: list[dict]) -> dict[str, dict[str, float]]:
-    means = {}
-    for method in methods:
-        own = [row for row in rows if row["method"] == method]
-        present = [name for name in MEASURES if any(name in row for row in own)]
-        values = {name: [row[name] for row in own if name in row] for name in present}
-        means[method] = {name: statistics.median(column) if name == "end_point_error" else sum(column) / len(column) for name, column in values.items()}
-    return means
+def write_json(path: Path, results: dict) -> None:
+    """Whole or not at all; a line an item, so that a change of one shows as one."""
+    head = json.dumps({key: value for key, value in results.items() if key != "items"}, indent=1)
+    rows = ",\n".join("  " + json.dumps(row) for row in results.get("items", ()))
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(f'{head[:-2]},\n "items": [\n{rows}\n ]\n}}\n' if rows else head + "\n")
+    os.replace(partial, path)
+
+
+def _claim(folder: Path, made: dict, share: Share) -> None:
+    """The folder is this run's from now on. Raises `InputError` where it is another's."""
+    ours = folder / "made.json"
+    if ours.exists() and (other := json.loads(ours.read_text())) != made:
+        differing = ", ".join(key for key in {**other, **made} if other.get(key) != made.get(key))
+        raise InputError("output", f"{folder} holds a run with another {differing}", "give another folder, or delete it to start anew")
+    share.wait()
+    folder.mkdir(parents=True, exist_ok=True)
+    if share.rank == 0:
+        write_json(ours, made)
+
+
+def _kept(folder: Path, position: int) -> dict:
+    path = folder / f"{position:06d}.json"
+    return json.loads(path.read_text()) if path.exists() else {"id": "", "labels": {}, "figures": {}, "failed": {}}
+
+
+def _measure_item(items: BenchmarkSet, position: int, methods: Sequence[str], model: RefineByAlign | None, seed: int, folder: Path, kept: dict) -> None:
+    """Run methods on one item and keep the figures, and tiles for a contact sheet; one that fails is kept with its problem."""
+    kept = {"id": items.lines[position]["id"], "labels": kept["labels"], "figures": dict(kept["figures"]), "failed": {}}
+    try:
+        item = items[position]
+    except InputError as error:
+        kept["failed"] = dict.fromkeys(methods, str(error))
+    else:
+        kept["labels"] = {"task": item.task, **item.labels}
+        outcomes = {}
+        for name in methods:
+            started = time.perf_counter()
+            try:
+                outcomes[name] = METHODS[name](item, model, seed)
+            except Exception as error:  # whatever it is, a thousand other items are not to be lost for it
+                kept["failed"][name] = f"{type(error).__name__}: {error}"
+                continue
+            seconds = round(time.perf_counter() - started, 3)
+            figures = measure(item, outcomes[name])
+            kept["figures"][name] = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in figures.items()} | {"seconds": seconds}
+        save_tiles(folder / f"{position:06d}", item, outcomes)
+    write_json(folder / f"{position:06d}.json", kept)

@@ -1,7 +1,8 @@
-"""A contact sheet of a benchmark run, for the eye."""
+"""Contact sheets of a benchmark run, for the eye: tiles are kept item by item, a sheet is put together from them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,77 +12,87 @@ from torch import Tensor
 from ..errors import InputError
 from ..geometry import Box, resize
 from ..imageio import to_bytes, write_picture
-from ..overlay import overlay, outline
+from ..overlay import outline, overlay
 from .dataset import Item
 from .methods import Outcome
 
 GREEN = (0.1, 1.0, 0.3)
+TILE = 176
+"""Side of a tile, pixels."""
 GAP, CAPTION, HEADING = 6, 18, 22
 
 
-class ContactSheet:
-    """A row an item: image, mask, reference with M* (white) and M_gt (green), result and truth, then the
-    mask's surroundings enlarged, as artifacts are small: image, every method's result, truth.
+def save_tiles(folder: Path, item: Item, outcomes: dict[str, Outcome]) -> None:
+    """Write what a sheet shows of an item, each as `<name>.jpg` of TILE pixels: its image with the mask outlined, its reference
+    with M_gt, its truth; a method's result and M* on the reference. `zoom-…`, the mask's surroundings enlarged, as artifacts
+    are small."""
+    box = Box.around(item.mask)
+    box = box.square(round(max(box.width, box.height) * 1.5)).clamped(*item.mask.shape)
+    marked = item.reference if item.correspondence is None else outline(item.reference, item.correspondence, GREEN)
+    tiles = {"image": outline(item.image, item.mask), "reference": marked, "zoom-image": box.crop(item.image, fill=0.5)}
+    if item.truth is not None:
+        tiles |= {"truth": item.truth, "zoom-truth": box.crop(item.truth, fill=0.5)}
+    for name, outcome in outcomes.items():
+        tiles |= {f"result-{name}": outcome.image, f"zoom-{name}": box.crop(outcome.image, fill=0.5)}
+        if outcome.region is not None:
+            found = overlay(item.reference, outcome.region.soft, outcome.region.mask)
+            tiles[f"found-{name}"] = found if item.correspondence is None else outline(found, item.correspondence, GREEN)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in tiles.items():
+        write_picture(folder / f"{name}.jpg", _fitted(picture), quality=90)
 
-    tile   side of a picture on the sheet, pixels
-    """
 
-    def __init__(self, tile: int = 192):
-        self.tile = tile
-        self.rows: list[Image.Image] = []
-        self.headings: list[str] = []
+def columns(methods: Sequence[str]) -> dict[str, str]:
+    """Headings and names of a row's tiles, left to right; the method that M* and the whole result are of is `detail`, or
+    else the last."""
+    shown = "detail" if "detail" in methods else methods[-1]
+    others = [name for name in methods if name not in ("none", shown)] + [shown] * (shown != "none")
+    whole = {"image": "image", f"M* of {shown}": f"found-{shown}", f"{shown}": f"result-{shown}", "truth": "truth"}
+    return whole | {"zoom: image": "zoom-image"} | {f"zoom: {name}": f"zoom-{name}" for name in others} | {"zoom: truth": "zoom-truth"}
 
-    def add(self, item: Item, outcomes: dict[str, Outcome], figures: dict[str, dict]) -> None:
-        """One item's outcomes and figures by method; the result shown is `detail`'s, or else the last method's."""
-        shown = "detail" if "detail" in outcomes else list(outcomes)[-1]
-        result, region = outcomes[shown].image, outcomes[shown].region
-        reference = item.reference if region is None else overlay(item.reference, region.soft, region.mask)
-        if item.correspondence is not None:
-            reference = outline(reference, item.correspondence, GREEN)
-        tiles = {"image": item.image, "mask": item.mask.expand(3, -1, -1), "reference": reference, shown: result}
-        if item.truth is not None:
-            tiles["truth"] = item.truth
-        box = Box.around(item.mask)
-        box = box.square(round(max(box.width, box.height) * 1.5)).clamped(*item.mask.shape)
-        tiles["zoom: image"] = box.crop(item.image, fill=0.5)
-        for name in sorted(set(outcomes) - {"none", shown}) + [shown]:
-            tiles[f"zoom: {name}"] = box.crop(outcomes[name].image, fill=0.5)
-        if item.truth is not None:
-            tiles["zoom: truth"] = box.crop(item.truth, fill=0.5)
-        self.headings = max(self.headings, list(tiles), key=len)
 
-        row = Image.new("RGB", ((self.tile + GAP) * len(tiles), self.tile + CAPTION + GAP), "white")
-        for column, picture in enumerate(tiles.values()):
-            row.paste(self._fitted(picture), (column * (self.tile + GAP), CAPTION))
-        ImageDraw.Draw(row).text((2, 1), self._caption(item, shown, figures), fill="black", font=ImageFont.load_default(13))
-        self.rows.append(row)
+def caption(rows: dict[str, dict]) -> str:
+    """One item in words, from its figures by method."""
+    own = rows["detail"] if "detail" in rows else list(rows.values())[-1]
+    parts = [own["id"], *(str(own[name]) for name in ("difficulty", "artifact") if name in own)]
+    if "iou" in own:
+        parts.append(f"IoU {own['iou']:.2f}" + (" (fell back)" if own["fell_back"] else ""))
+    if "hp_ssim" in own:
+        parts.append("hp-SSIM " + ", ".join(f"{name} {values['hp_ssim']:.2f}" for name, values in rows.items()))
+    return "   ".join(parts)
 
-    def save(self, path: str | Path) -> None:
-        """Write the sheet; the suffix must be one that Pillow knows. Raises `InputError` where nothing was added."""
-        if not self.rows:
-            raise InputError("sheet", "has no rows", "run at least one item")
-        sheet = Image.new("RGB", (max(row.width for row in self.rows), HEADING + sum(row.height for row in self.rows)), "white")
-        draw = ImageDraw.Draw(sheet)
-        for column, heading in enumerate(self.headings):
-            draw.text((column * (self.tile + GAP) + 2, 3), heading, fill="black", font=ImageFont.load_default(14))
-        y = HEADING
-        for row in self.rows:
-            sheet.paste(row, (0, y))
-            y += row.height
-        write_picture(path, sheet)
 
-    def _caption(self, item: Item, shown: str, figures: dict[str, dict]) -> str:
-        parts = [item.id, *(str(item.labels[name]) for name in ("difficulty", "artifact") if name in item.labels)]
-        if "iou" in figures[shown]:
-            parts.append(f"IoU {figures[shown]['iou']:.2f}" + (" (fell back)" if figures[shown]["fell_back"] else ""))
-        if "hp_ssim" in figures[shown]:
-            parts.append("hp-SSIM " + ", ".join(f"{name} {values['hp_ssim']:.2f}" for name, values in figures.items()))
-        return "   ".join(parts)
+def contact_sheet(rows: Sequence[tuple[Path, str]], methods: Sequence[str]) -> Image.Image:
+    """A picture with a row for each folder of tiles, and its caption. Raises `InputError` where there is none."""
+    if not rows:
+        raise InputError("sheet", "has no rows", "run at least one item")
+    shown = columns(methods)
+    sheet = Image.new("RGB", ((TILE + GAP) * len(shown), HEADING + (TILE + CAPTION + GAP) * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, heading in enumerate(shown):
+        draw.text((column * (TILE + GAP) + 2, 3), heading, fill="black", font=ImageFont.load_default(14))
+    for row, (folder, words) in enumerate(rows):
+        y = HEADING + row * (TILE + CAPTION + GAP)
+        draw.text((2, y + 1), words, fill="black", font=ImageFont.load_default(13))
+        for column, name in enumerate(shown.values()):
+            tile = tile_of(folder, name)
+            if tile is not None:
+                sheet.paste(Image.open(tile), (column * (TILE + GAP), y + CAPTION))
+    return sheet
 
-    def _fitted(self, picture: Tensor) -> Image.Image:
-        height, width = picture.shape[-2:]
-        scale = self.tile / max(height, width)
-        small = to_bytes(resize(picture, max(1, round(height * scale)), max(1, round(width * scale))))
-        square = np.full((self.tile, self.tile, 3), 255, np.uint8)
-        square[: small.shape[0], : small.shape[1]] = small
-        return Image.fromarray(square)
+
+def tile_of(folder: Path, name: str) -> Path | None:
+    """A tile's file; the bare reference where a method found nothing, `None` where the item or the run has no such tile."""
+    path = folder / f"{name}.jpg"
+    if not path.exists() and name.startswith("found-"):
+        path = folder / "reference.jpg"
+    return path if path.exists() else None
+
+
+def _fitted(picture: Tensor) -> Image.Image:
+    height, width = picture.shape[-2:]
+    scale = TILE / max(height, width)
+    small = to_bytes(resize(picture, max(1, round(height * scale)), max(1, round(width * scale))))
+    square = np.full((TILE, TILE, 3), 255, np.uint8)
+    square[: small.shape[0], : small.shape[1]] = small
+    return Image.fromarray(square)

@@ -53,10 +53,10 @@ def fewest(means: dict[int, dict[str, float]]) -> int:
     return min(count for count, own in means.items() if all(own[name] >= most[name] - NEAR * abs(most[name]) for name in PIXEL_METRICS))
 
 
-def steps_table(results: dict) -> list[str]:
-    """Lines of a Markdown table, the fewest steps that are enough in bold."""
+def steps_table(results: dict) -> list[list[str]]:
+    """What `compare_steps` returns as rows of a table, the fewest steps that are enough in bold."""
     shown = (*PIXEL_METRICS, "seconds")
-    rows = [["steps", *(HEADINGS[name] for name in shown)], ["---"] * (len(shown) + 1)]
+    rows = [["steps", *(HEADINGS[name] for name in shown)]]
     for count, means in results["steps"].items():
         rows.append([f"**{count}**" if int(count) == results["fewest"] else count, *(figure(name, means[name]) for name in shown)])
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    return rows

@@ -1,7 +1,14 @@
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from rba_core.bench import run as bench
 from rba_core.bench.dataset import BenchmarkSet
@@ -9,6 +16,14 @@ from rba_core.bench.methods import Outcome
 from rba_core.errors import InputError
 from rba_core.geometry import Box
 from rba_core.postprocessing import MatchedRegion
+
+ROOT = Path(__file__).parents[2]
+
+
+class Model(nn.Linear):
+    """Stands in where only its weights matter."""
+
+    config = "tiny"
 
 
 def oracle(item, model, seed):
@@ -20,36 +35,46 @@ def lost(item, model, seed):
     return Outcome(item.image, None, fell_back=True)
 
 
+@pytest.fixture(scope="module")
+def model():
+    return Model(2, 2)
+
+
 @pytest.fixture
 def methods(monkeypatch):
     monkeypatch.setitem(bench.METHODS, "detail", oracle)
     monkeypatch.setitem(bench.METHODS, "single-stage", lost)
 
 
-def test_report(small_set, methods):
+def figures(results: dict) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in results["items"]]
+
+
+def test_results(small_set, methods, model, tmp_path):
     steps = []
-    report = bench.run(small_set, ["none", "detail"], object(), progress=lambda done, total: steps.append((done, total)))
-    assert report["set"] == "small" and report["n"] == 2
-    assert json.loads(json.dumps(report)) == report
-    none, refined = report["methods"]["none"], report["methods"]["detail"]
+    results = bench.run(small_set, ["none", "detail"], model, tmp_path, progress=lambda done, total: steps.append((done, total)))
+    assert results["set"] == "small" and results["n"] == 2 and results["failed"] == []
+    assert json.loads(json.dumps(results)) == results
+    none, refined = results["methods"]["none"], results["methods"]["detail"]
     assert refined["iou"] == refined["box_iou"] == refined["soft_iou"] == refined["hp_ssim"] == 1
     assert refined["masked_psnr"] == 100 > none["masked_psnr"]
     assert 0.5 < refined["token_bound_iou"] < 1
     assert none["outside_changed_pixels"] == refined["outside_changed_pixels"] == 0
     assert not {"iou", "box_iou", "soft_iou", "token_bound_iou", "fell_back"} & set(none)
-    assert [(row["id"], row["method"]) for row in report["items"]] == [("00000", "none"), ("00000", "detail"), ("00001", "none"), ("00001", "detail")]
-    assert report["items"][3]["artifact"] == "smear"
-    mean = (report["items"][0]["hp_ssim"] + report["items"][2]["hp_ssim"]) / 2
+    assert [(row["id"], row["method"]) for row in results["items"]] == [("00000", "none"), ("00000", "detail"), ("00001", "none"), ("00001", "detail")]
+    assert results["items"][3]["artifact"] == "smear"
+    mean = (results["items"][0]["hp_ssim"] + results["items"][2]["hp_ssim"]) / 2
     assert none["hp_ssim"] == pytest.approx(mean)
-    assert report["groups"]["artifact"]["smear"]["none"]["hp_ssim"] == report["items"][2]["hp_ssim"]
-    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert results["groups"]["artifact"]["smear"]["none"]["hp_ssim"] == results["items"][2]["hp_ssim"]
+    assert steps == [(1, 2), (2, 2)]
+    assert set(results["made"]) >= {"seed", "set", "code", "model", "machine", "torch", "diffusers"}
 
 
-def test_an_item_that_fell_back_counts_as_missed(small_set, methods):
-    report = bench.run(small_set, ["single-stage"], object())
-    assert report["methods"]["single-stage"]["fell_back"] == 1
-    assert report["items"][0]["iou"] == report["items"][0]["box_iou"] == report["items"][0]["soft_iou"] == 0
-    assert report["items"][0]["fell_back"] is True
+def test_an_item_that_fell_back_counts_as_missed(small_set, methods, model, tmp_path):
+    results = bench.run(small_set, ["single-stage"], model, tmp_path)
+    assert results["methods"]["single-stage"]["fell_back"] == 1
+    assert results["items"][0]["iou"] == results["items"][0]["box_iou"] == results["items"][0]["soft_iou"] == 0
+    assert results["items"][0]["fell_back"] is True
 
 
 def test_metrics_need_what_they_compare_with(small_set):
@@ -60,40 +85,124 @@ def test_metrics_need_what_they_compare_with(small_set):
     assert bench.measure(bare, spoilt)["outside_changed_pixels"] > 0.9 * 192 * 192
 
 
-def test_the_model_is_warmed_up_before_timing(small_set, monkeypatch):
+@pytest.fixture
+def counted(monkeypatch):
+    """A method that counts its items."""
     seen = []
 
-    def timed(item, model, seed):
-        seen.append((item.id, model, seed))
+    def method(item, model, seed):
+        seen.append((item.id, seed))
         return Outcome(item.image)
 
-    monkeypatch.setitem(bench.METHODS, "detail", timed)
-    report = bench.run(small_set, ["detail"], "model", limit=1, seed=5)
-    assert seen == [("00000", "model", 5)] * 2
-    assert report["n"] == 1 and len(report["items"]) == 1
+    monkeypatch.setitem(bench.METHODS, "detail", method)
+    return seen
 
 
-def test_on_item_gets_outcomes(small_set, methods):
-    seen = {}
-    bench.run(small_set, ["none", "detail"], object(), on_item=lambda item, outcomes, figures: seen.update({item.id: (outcomes, figures)}))
-    outcomes, figures = seen["00001"]
-    assert set(outcomes) == set(figures) == {"none", "detail"}
-    assert figures["detail"]["iou"] == 1 and outcomes["detail"].region is not None
+def test_the_model_is_warmed_up_before_timing(small_set, counted, model, tmp_path):
+    results = bench.run(small_set, ["detail"], model, tmp_path, limit=1, seed=5)
+    assert counted == [("00000", 5)] * 2
+    assert results["n"] == 1 and len(results["items"]) == 1
+
+
+def test_what_is_done_is_not_done_again(small_set, counted, model, tmp_path):
+    first = bench.run(small_set, ["detail"], model, tmp_path, limit=1)
+    counted.clear()
+    assert bench.run(small_set, ["detail"], model, tmp_path, limit=1)["items"] == first["items"] and not counted
+    both = bench.run(small_set, ["none", "detail"], model, tmp_path)
+    assert {id for id, _ in counted} == {"00001"}
+    assert [(row["id"], row["method"]) for row in both["items"]] == [("00000", "none"), ("00000", "detail"), ("00001", "none"), ("00001", "detail")]
+
+
+@pytest.mark.parametrize("change", ["seed", "model"])
+def test_a_folder_of_another_run_is_refused(small_set, model, tmp_path, change):
+    bench.run(small_set, ["none"], model, tmp_path, limit=1)
+    with pytest.raises(InputError, match=f"holds a run with another {change}"):
+        bench.run(small_set, ["none"], Model(2, 2) if change == "model" else model, tmp_path, seed=change == "seed")
+
+
+def test_a_method_that_fails_on_an_item_does_not_end_the_run(small_set, monkeypatch, model, tmp_path):
+    def moody(item, model, seed):
+        if item.id == "00000":
+            raise RuntimeError("no")
+        return Outcome(item.truth)
+
+    monkeypatch.setitem(bench.METHODS, "detail", moody)
+    results = bench.run(small_set, ["none", "detail"], model, tmp_path)
+    assert results["failed"] == [{"id": "00000", "method": "detail", "problem": "RuntimeError: no"}]
+    assert results["n"] == 2 and results["methods"]["detail"]["hp_ssim"] == 1 and len(results["items"]) == 3
+    monkeypatch.setitem(bench.METHODS, "detail", oracle)  # mended: what failed is tried again
+    assert bench.run(small_set, ["none", "detail"], model, tmp_path)["failed"] == []
+
+
+def test_an_item_that_cannot_be_read_does_not_end_the_run(tmp_path, model):
+    from rba_core.bench.synthetic import make_set
+
+    make_set(tmp_path / "set", 2, seed=0, size=192)
+    (tmp_path / "set" / "00000" / "mask.png").write_bytes(b"no picture")
+    results = bench.run(tmp_path / "set", ["none"], model, tmp_path / "out")
+    assert [failure["id"] for failure in results["failed"]] == ["00000"] and "mask.png" in results["failed"][0]["problem"]
+    assert [row["id"] for row in results["items"]] == ["00001"]
+
+
+def test_two_processes_give_the_same_as_one(small_set, methods, model, tmp_path):
+    alone = bench.run(small_set, ["none", "detail"], model, tmp_path / "one")
+
+    class Share(bench.Share):
+        wait = lambda self: None
+
+    assert bench.run(small_set, ["none", "detail"], model, tmp_path / "two", share=Share(1, 2)) is None
+    shared = bench.run(small_set, ["none", "detail"], model, tmp_path / "two", share=Share(0, 2))
+    assert figures(shared) == figures(alone)
+
+
+@pytest.fixture
+def command(small_set, tmp_path):
+    def start(out: str, *prefix: str) -> subprocess.Popen:
+        options = ["bench", "run", str(small_set), "--methods", "none,telea,sift-warp", "-o", str(tmp_path / out)]
+        return subprocess.Popen([sys.executable, "-m", *prefix, "rba_core.cli", *options], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+
+    return start
+
+
+def test_a_killed_run_goes_on_and_accelerate_shares_it(command, tmp_path):
+    """Real processes: one killed after its first item and started anew, and two under accelerate, against one left alone."""
+    pytest.importorskip("accelerate")
+    killed = command("killed")
+    deadline = time.time() + 120
+    while not (tmp_path / "killed" / "small" / "000000.json").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "small.json").exists()
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "-m"]
+    assert command("alone").wait() == 0 and command("killed").wait() == 0 and command("two", *launch).wait() == 0
+    alone, resumed, two = (json.loads((tmp_path / name / "small.json").read_text()) for name in ("alone", "killed", "two"))
+    assert figures(resumed) == figures(alone) == figures(two) and len(alone["items"]) == 6
+    assert (tmp_path / "two" / "report.html").exists() and (tmp_path / "two" / "small.jpg").exists()
 
 
 @pytest.mark.parametrize(
     "methods, model, limit, problem",
-    [(["detail", "magic"], object(), None, "'magic' is not known"), (["detail"], None, None, "missing for detail"), (["none"], None, 0, "limit: is 0")],
+    [(["detail", "magic"], Model(2, 2), None, "'magic' is not known"), (["detail"], None, None, "missing for detail"), (["none"], None, 0, "limit: is 0")],
 )
-def test_bad_arguments(small_set, methods, model, limit, problem):
+def test_bad_arguments(small_set, methods, model, limit, problem, tmp_path):
     with pytest.raises(InputError, match=problem):
-        bench.run(small_set, methods, model, limit=limit)
+        bench.run(small_set, methods, model, tmp_path, limit=limit)
 
 
-def test_table(small_set, methods):
-    table = bench.format_table(bench.run(small_set, ["none", "detail"], object()))
+def test_table(small_set, methods, model, tmp_path):
+    table = bench.format_table(bench.run(small_set, ["none", "detail"], model, tmp_path))
     lines = [line.split() for line in table.splitlines()]
     assert lines[0][:4] == ["items", "n", "method", "PSNR"]
     assert lines[2][:4] == ["all", "2", "none", lines[2][3]]
     assert lines[3][:2] == ["detail", "100.00"]
     assert any(line[:3] == ["difficulty", "easy", "2"] for line in lines if line)
+
+
+def test_the_interval_of_a_mean():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(400, generator=generator).tolist()
+    low, high = bench.interval(values)
+    mean, error = sum(values) / 400, 1.96 / 20
+    assert low == pytest.approx(mean - error, abs=0.02) and high == pytest.approx(mean + error, abs=0.02)
+    assert bench.interval([0.5, 0.5]) == (0.5, 0.5)

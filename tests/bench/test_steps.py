@@ -29,7 +29,7 @@ def test_the_fewest_steps_that_are_enough(small_set, refine):
     assert psnr[0] < psnr[1] < psnr[2] == psnr[3] == 100
     assert seen == [(done, 8) for done in range(1, 9)]
     table = bench_steps.steps_table(results)
-    assert table[0].startswith("| steps | PSNR dB |") and table[4].startswith("| **4** | 100.00 |") and len(table) == 6
+    assert table[0][:2] == ["steps", "PSNR dB"] and table[3][:2] == ["**4**", "100.00"] and len(table) == 5
 
 
 def test_every_metric_has_to_stay():
