@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import inspect
 import json
 import os
 import re
@@ -30,7 +29,7 @@ LOOKED_AT = 40
 ON_A_SHEET = 24
 """Items on a run's contact sheet, those again."""
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #1b1b1f; background: #fff }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 88rem; padding: 0 1rem; color: #1b1b1f; background: #fff }
 h1, h2, h3 { line-height: 1.2; margin: 2.2em 0 .6em } h1 { margin-top: 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; display: block; overflow-x: auto }
 th, td { padding: .25em .7em; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd } th:first-child, td:first-child { text-align: left }
@@ -109,7 +108,7 @@ def run_section(page: Page, results: dict, source: Path) -> None:
     if "made" in results:
         page.text("Made with " + ", ".join(f"{name} {value}" for name, value in results["made"].items()) + ".")
     page.table(means_table(rows, methods, intervals=True))
-    page.points([f"**{name}**: {inspect.cleandoc(METHODS[name].__doc__).splitlines()[0]}" for name in methods])
+    page.points([f"**{name}**: " + " ".join(METHODS[name].__doc__.split("\n\n")[0].split()) for name in methods])
     against = differences_table(rows, methods)
     if len(against) > 1:
         page.text("`detail` less each other method, item by item:")

@@ -31,7 +31,7 @@ def save_tiles(folder: Path, item: Item, outcomes: dict[str, Outcome]) -> None:
     marked = item.reference if item.correspondence is None else outline(item.reference, item.correspondence, GREEN)
     tiles = {"image": outline(item.image, item.mask), "reference": marked, "zoom-image": box.crop(item.image, fill=0.5)}
     if item.truth is not None:
-        tiles |= {"truth": item.truth, "zoom-truth": box.crop(item.truth, fill=0.5)}
+        tiles["zoom-truth"] = box.crop(item.truth, fill=0.5)
     for name, outcome in outcomes.items():
         tiles |= {f"result-{name}": outcome.image, f"zoom-{name}": box.crop(outcome.image, fill=0.5)}
         if outcome.region is not None:
@@ -46,9 +46,8 @@ def columns(methods: Sequence[str]) -> dict[str, str]:
     """Headings and names of a row's tiles, left to right; the method that M* and the whole result are of is `detail`, or
     else the last."""
     shown = "detail" if "detail" in methods else methods[-1]
-    others = [name for name in methods if name not in ("none", shown)] + [shown] * (shown != "none")
-    whole = {"image": "image", f"M* of {shown}": f"found-{shown}", f"{shown}": f"result-{shown}", "truth": "truth"}
-    return whole | {"zoom: image": "zoom-image"} | {f"zoom: {name}": f"zoom-{name}" for name in others} | {"zoom: truth": "zoom-truth"}
+    zoomed = ["image", *[shown] * (shown != "none"), "truth", *(name for name in methods if name not in ("none", shown))]
+    return {"image": "image", f"M* of {shown}": f"found-{shown}", shown: f"result-{shown}"} | {f"zoom: {name}": f"zoom-{name}" for name in zoomed}
 
 
 def caption(rows: dict[str, dict]) -> str:
