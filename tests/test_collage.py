@@ -187,6 +187,18 @@ def test_colours_that_the_surround_lacks_keep_their_hue():
     assert float(toned[1] / toned[0]) < 1.4 * float(before[1] / before[0])
 
 
+def test_yellow_on_red_stays_yellow_in_a_darker_picture():
+    """Half as bright around it, but with as much contrast: the print keeps its contrast, green does not come to exceed red."""
+    fur = 0.15 * (texture(60, 60, 3)[:1] - 0.5)
+    picture = torch.tensor([0.7, 0.1, 0.1])[:, None, None] + fur
+    target = torch.tensor([0.4, 0.1, 0.1])[:, None, None] + fur
+    picture[:, 25:35, 25:35] = torch.tensor([0.85, 0.75, 0.2])[:, None, None]
+    weight = torch.ones(60, 60)
+    weight[20:40, 20:40] = 0
+    red, green, blue = match_tone(picture, target, weight)[:, 30, 30]
+    assert green < 1.1 * red and green > 2 * blue
+
+
 def test_a_sharp_reference_is_softened_to_the_photo_and_a_soft_one_left():
     sharp = texture(96, 96, 2)
     soft = torch.from_numpy(gaussian_filter(sharp.numpy(), (0, 1.6, 1.6)))
