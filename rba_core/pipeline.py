@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from scipy import ndimage
@@ -24,6 +24,8 @@ from .zoom_crop import ZoomCrop, separate, zoom_crop
 
 MIN_AGREEMENT = 0.02
 """Of the cells, for their map to be believed; below, Eq. 5 decides."""
+DISPROVED = 0.01
+"""Below this confidence of the registration that map is held for wrong, too, and Eq. 5 decides: all as in the paper."""
 CLOSE_UP = 2.5
 """Side of the reference that the next level of the alignment sees, in longer sides of M*."""
 
@@ -38,7 +40,7 @@ class Settings:
     steps, guidance, scheduler      see `refine`
     alignment_context, context      sides of the two zoom-in crops, in sides of the mask
     dense              M* is where the map carries the mask that the attention of all cells agrees on; False = the paper,
-                       Eq. 5. Where they do not agree, Eq. 5 decides
+                       Eq. 5. Where they do not agree, or registration shows that they are wrong, Eq. 5 decides
     levels             passes of the dense alignment; from the second on over close-ups of mask and region found
     register           settle M* on the pixels around the mask, see `lay_over`; False = the paper
     min_confidence     what the registration must reach to be used, 0 to 1; below, the tokens alone guide
@@ -176,6 +178,9 @@ def best_match(
             continue
         if region is not None and settings.register and settings.detail_transfer > 0:
             region, collage = register(crop, reference, whole.mask, region, image, settings)
+            if settings.dense and collage.confidence < min(DISPROVED, settings.min_confidence):
+                as_published = replace(settings, dense=False, on_flat="single-stage")
+                region = find_region(model, image, mask, crop, reference, whole, as_published, seed) or region
         matches.append(Match(index, region, collage))
     if not matches:
         raise flat

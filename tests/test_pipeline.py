@@ -80,6 +80,7 @@ def test_the_steps_come_in_their_order(model, scene, monkeypatch):
     run(model, scene, dense=False, levels=1)
     assert ran == [*start, "attend", "correspondence", "clean", *end]
     ran.clear()
+    monkeypatch.setattr(pipeline, "DISPROVED", 0.0)
     run(model, scene)
     assert [name for name in ran if name not in ("correspondence", "clean")] == [*start, "attend", "place", "encode_reference", "attend", "place", *end]
     ran.clear()
@@ -196,6 +197,7 @@ def test_the_two_crops_have_their_own_contexts(model, scene, monkeypatch):
         return usual(*args, **kwargs)
 
     monkeypatch.setattr(pipeline, "zoom_crop", spy)
+    monkeypatch.setattr(pipeline, "DISPROVED", 0.0)
     run(model, scene)  # the mask is 29 wide: 2 times for refinement, 3 times for alignment, in eights
     run(model, scene, alignment_context=1.0, context=1.5)
     assert boxes == [64, 88, 48, 32]
@@ -241,6 +243,13 @@ def test_where_they_do_not_agree_the_region_stays_as_it_was(model, same_product)
     result = run(model, other)
     assert result.confidences[0] < Settings().min_confidence and torch.equal(result.regions[0].mask, about)
     assert torch.equal(result.image, run(model, other, register=False).image)  # never a wrong paste
+
+
+def test_where_the_pixels_disprove_it_all_is_as_published(model, scene):
+    """The scene's pictures are noise: they agree nowhere."""
+    result, paper = run(model, scene), run(model, scene, dense=False, levels=1, register=False)
+    assert result.confidences[0] < pipeline.DISPROVED
+    assert torch.equal(result.regions[0].mask, paper.regions[0].mask) and torch.equal(result.image, paper.image)
 
 
 @pytest.mark.parametrize("changes", [dict(register=False), dict(detail_transfer=0.0), dict(min_confidence=1.1), dict(single_stage=True)])

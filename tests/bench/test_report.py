@@ -1,12 +1,14 @@
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from rba_core.bench.report import differences_table, means_table, worst_first, write_report
-from rba_core.bench.run import PIXEL_METRICS, summary
+from rba_core.bench.run import PIXEL_METRICS, by_method, summary
 from rba_core.errors import InputError
 
 MEANS = dict.fromkeys((*PIXEL_METRICS, "seconds"), 0.5)
@@ -97,3 +99,21 @@ def test_the_worst_item_comes_first():
     rows = [{"id": id, "method": "detail", "hp_ssim": value} for id, value in zip("abc", (0.5, 0.1, 0.3))]
     assert [own["detail"]["id"] for own in worst_first(rows, ["detail"])] == ["b", "c", "a"]
     assert np.all(np.diff([own["detail"]["hp_ssim"] for own in worst_first(rows, ["detail"])]) > 0)
+
+
+def test_the_committed_page_is_made_of_the_committed_figures(tmp_path):
+    docs = Path(__file__).parents[2] / "docs"
+    shutil.copytree(docs / "results", tmp_path / "results")
+    write_report([tmp_path / "results"], tmp_path / "results.md")
+    assert (tmp_path / "results.md").read_text() == (docs / "results.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "docs" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_the_committed_means_are_those_of_their_items(path):
+    stored = json.loads(path.read_text())
+    if "methods" in stored:
+        methods = list(stored["methods"])
+        for label, values in [("all", {"": stored["methods"]}), *stored["groups"].items()]:
+            for value, means in values.items():
+                own = [row for row in stored["items"] if label == "all" or str(row.get(label)) == value]
+                assert by_method(methods, own) == {name: pytest.approx(figures) for name, figures in means.items()}
