@@ -125,11 +125,19 @@ def bench_run(options) -> None:
     methods = [name.strip() for name in options.methods.split(",")]
     for path in filter(None, (options.json, options.sheet)):
         check_output(path, lossless=path == options.sheet)
+    weights = {}
+    for pair in options.weights:
+        name, sign, path = pair.partition("=")
+        if not (sign and path):
+            raise InputError("weights", f"are given as {pair!r}", "write NAME=PATH, say paint-by-example=FOLDER")
+        weights[name] = path
     sheet = ContactSheet() if options.sheet else None
+    model = _load(options)
     with _bar("bench", "outcome") as progress:
         results = run(
-            options.set, methods, _load(options), limit=options.limit, seed=options.seed, progress=progress, on_item=sheet.add if sheet else None
-        )
+            options.set, methods, model, limit=options.limit, seed=options.seed, progress=progress, on_item=sheet.add if sheet else None,
+            weights=weights, device=model.device, dtype=model.dtype,
+        )  # fmt: skip
     print(format_table(results))
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
@@ -356,7 +364,8 @@ def parser() -> argparse.ArgumentParser:
 
     command = benches.add_parser("run", parents=[model], help="measure methods on a benchmark folder")
     command.add_argument("set", metavar="SET", help="folder with index.jsonl")
-    command.add_argument("--methods", default="none,telea,single-stage,refine", help="comma-separated; also oracle, features, paper and no-reference (default: %(default)s)")
+    command.add_argument("--methods", default="none,telea,single-stage,detail", help="comma-separated; also unregistered, paper, oracle, features, no-reference, sift-warp, oracle-warp, and with weights of your own paint-by-example, sd-inpainting, cross-image-attention, dift (default: %(default)s)")
+    command.add_argument("--weights", action="append", default=[], metavar="NAME=PATH", help="folder, in the layout of diffusers, of a method with weights of your own; once for each")
     command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
     command.add_argument("--json", metavar="FILE", help="write all figures")
     command.add_argument("--sheet", metavar="FILE", help="write a contact sheet")

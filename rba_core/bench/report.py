@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import InputError
 from .doubt import KINDS, doubt_table
 from .grid_search import CURVES, HEAT_MAP
-from .methods import METHODS
+from .methods import METHODS, NEED_WEIGHTS
 from .run import HEADINGS, MEASURES, figure
 from .steps import NEAR, steps_table
 
@@ -68,7 +68,7 @@ def doubt_section(results: dict) -> list[str]:
 def section(results: dict) -> list[str]:
     lines = [f"## {results['set']}, {results['n']} items", ""]
     lines += table(results["methods"])
-    lines += [f"- **{name}**: {inspect.cleandoc(METHODS[name].__doc__).splitlines()[0]}" for name in results["methods"]] + [""]
+    lines += [f"- **{name}**: {inspect.cleandoc((METHODS | NEED_WEIGHTS)[name].__doc__).splitlines()[0]}" for name in results["methods"]] + [""]
     for label, values in results["groups"].items():
         for value, by_method in values.items():
             count = len({row["id"] for row in results["items"] if str(row.get(label)) == value})

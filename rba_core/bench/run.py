@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 from ..errors import InputError
 from ..model import RefineByAlign
 from ..refinement import Progress
 from . import metrics
 from .dataset import BenchmarkSet, Item
-from .methods import METHODS, NEED_MODEL, Outcome
+from .methods import NEED_MODEL, Outcome, load_methods
 
 PIXEL_METRICS = ("masked_psnr", "masked_ssim", "hp_ssim", "detail_ncc")
 MEASURES = (*PIXEL_METRICS, "iou", "box_iou", "soft_iou", "token_bound_iou", "end_point_error", "confidence", "outside_changed_pixels", "fell_back", "seconds")
@@ -31,28 +33,31 @@ def run(
     seed: int = 0,
     progress: Progress | None = None,
     on_item: Callable[[Item, dict[str, Outcome], dict[str, dict]], None] | None = None,
+    weights: Mapping[str, str] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> dict:
-    """Measure `methods`, names of METHODS, over the first `limit` items of a set (default: all).
+    """Measure `methods`, by name, over the first `limit` items of a set (default: all).
 
     progress   called with (outcomes done, outcomes in all)
     on_item    called after each item with its outcomes and figures by method, say `ContactSheet.add`
+    weights, device, dtype    see `load_methods`
     returns    {"set", "n", "methods": {name: means}, "groups": {label: {value: {name: means}}}, "items": [...]},
                ready for JSON. PSNR in dB, `seconds` per item, `fell_back` the share of items of which alignment
                said nothing (their IoU counts as 0). What a method or a set does not provide is left out.
 
-    Raises `InputError` for an unknown method and a set that cannot be read.
+    Raises `InputError` for an unknown method, weights that are missing or wrong and a set that cannot be read.
     """
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise InputError("methods", f"{unknown[0]!r} is not known", f"use some of {', '.join(METHODS)}")
     if limit is not None and limit < 1:
         raise InputError("limit", f"is {limit}", "use 1 or more")
     if model is None and (needy := NEED_MODEL & set(methods)):
         raise InputError("model", f"is missing for {', '.join(sorted(needy))}", "give one, or run none and telea only")
     items = BenchmarkSet(set_folder)
+    loaded = load_methods(methods, weights, device, dtype)
     count = min(limit or len(items), len(items))
     for name in methods:
         if name in NEED_MODEL:  # the first pass also pays for memory and kernels
-            METHODS[name](items[0], model, seed)
+            loaded[name](items[0], model, seed)
             break
 
     rows = []
@@ -61,7 +66,7 @@ def run(
         outcomes, figures = {}, {}
         for name in methods:
             started = time.perf_counter()
-            outcomes[name] = METHODS[name](item, model, seed)
+            outcomes[name] = loaded[name](item, model, seed)
             seconds = time.perf_counter() - started
             figures[name] = measure(item, outcomes[name]) | {"seconds": seconds}
             rows.append({"id": item.id, "method": name, **figures[name], "task": item.task, **item.labels})

@@ -5,7 +5,7 @@ import torch
 
 from rba_core.bench import run as bench
 from rba_core.bench.dataset import BenchmarkSet
-from rba_core.bench.methods import Outcome
+from rba_core.bench.methods import METHODS, Outcome
 from rba_core.errors import InputError
 from rba_core.geometry import Box
 from rba_core.postprocessing import MatchedRegion
@@ -22,8 +22,8 @@ def lost(item, model, seed):
 
 @pytest.fixture
 def methods(monkeypatch):
-    monkeypatch.setitem(bench.METHODS, "detail", oracle)
-    monkeypatch.setitem(bench.METHODS, "single-stage", lost)
+    monkeypatch.setitem(METHODS, "detail", oracle)
+    monkeypatch.setitem(METHODS, "single-stage", lost)
 
 
 def test_report(small_set, methods):
@@ -67,7 +67,7 @@ def test_the_model_is_warmed_up_before_timing(small_set, monkeypatch):
         seen.append((item.id, model, seed))
         return Outcome(item.image)
 
-    monkeypatch.setitem(bench.METHODS, "detail", timed)
+    monkeypatch.setitem(METHODS, "detail", timed)
     report = bench.run(small_set, ["detail"], "model", limit=1, seed=5)
     assert seen == [("00000", "model", 5)] * 2
     assert report["n"] == 1 and len(report["items"]) == 1
