@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
-from rba_core.bench.methods.cross_image_attention import CONTRAST, CrossImageAttention, CrossImageProcessor, adain
+from rba_core.bench.methods.cross_image_attention import CONTRAST, INVERSION_GUIDANCE, CrossImageAttention, CrossImageProcessor, adain
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +54,25 @@ def test_the_coarse_layer_ends_before_the_fine_one(attention):
 
 
 def test_inversion_leads_back(method, monkeypatch):
-    """The sampler's means, with the predictions of the inversion and what it kept, end where its last step's mean is."""
+    """The sampler's means under guidance, with what the inversion kept, pass through every picture that was noised on its own."""
     monkeypatch.setattr(method, "steps", 20)
     monkeypatch.setattr(method, "skipped", 6)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     predictions = {}
-    monkeypatch.setattr(method, "diffusion", SimpleNamespace(scheduler=method.diffusion.scheduler, predict=lambda x, t, text: predictions.setdefault(int(t), torch.sin(7 * x))))
-    plain = torch.zeros(1, 77, 32)
-    noisy, residuals, timesteps = method.invert(latents, plain, plain, torch.Generator().manual_seed(1))
+
+    def predict(x, t, text):
+        return predictions.setdefault(int(t), torch.sin(7 * x)) + 0.1 * text[:, :1, :1, None]
+
+    monkeypatch.setattr(method, "diffusion", SimpleNamespace(scheduler=method.diffusion.scheduler, predict=predict))
+    noisy, residuals, timesteps = method.invert(latents, torch.zeros(1, 77, 32), torch.ones(1, 77, 32), torch.Generator().manual_seed(1))
+    guided = {t: prediction[:2] + 0.1 * INVERSION_GUIDANCE for t, prediction in predictions.items()}
     assert len(timesteps) == len(residuals) == 14 and not residuals[-1].any()
-    assert noisy.std() > 0.5
+    generator = torch.Generator().manual_seed(1)
     for timestep, residual in zip(timesteps, residuals):
-        last = method.mean(predictions[int(timestep)][:2], timestep, noisy)
-        noisy = last + residual
-    predicted = method.diffusion.scheduler.step(predictions[int(timesteps[-1])][:2], timesteps[-1], noisy, eta=0).pred_original_sample
-    assert (noisy - latents).std() < 0.1 and predicted.isfinite().all()
+        wanted = method.diffusion.scheduler.add_noise(latents, torch.randn(2, 4, 8, 8, generator=generator), timestep)
+        assert torch.allclose(noisy, wanted, atol=1e-4)
+        noisy = method.mean(guided[int(timestep)], timestep, noisy) + residual
+    assert (noisy - latents).std() < 0.1
 
 
 def test_adain_gives_the_statistics_of_the_style():
@@ -83,3 +87,29 @@ def test_freeu_is_on_and_only_the_decoder_looks_across(method):
     assert unet.up_blocks[1].b1 == 1.2 and unet.up_blocks[1].s2 == 0.2
     processors = {name: processor for name, processor in unet.attn_processors.items() if isinstance(processor, CrossImageProcessor)}
     assert processors and all(name.startswith("up_blocks") and "attn1" in name for name in processors)
+
+
+def transferred(method, monkeypatch, predict, steps, latents):
+    """Of a stand-in for the networks: latents of the output; the method's own loop."""
+    monkeypatch.setattr(method, "steps", steps)
+    monkeypatch.setattr(method, "skipped", 4)
+    text = lambda prompts: torch.zeros(len(prompts), 77, 32)  # noqa: E731
+    monkeypatch.setattr(method, "diffusion", SimpleNamespace(scheduler=method.diffusion.scheduler, predict=predict, text=text, decode=lambda x: x))
+    return method.transfer(latents, torch.ones(64, 64), "a can", torch.Generator().manual_seed(1))
+
+
+def test_the_output_starts_as_the_structure(method, monkeypatch):
+    """Before the tenth step nothing looks across: what comes out is the structure again."""
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    out = transferred(method, monkeypatch, lambda x, t, text: torch.sin(7 * x), 13, latents)
+    assert (out - latents[1]).std() < 0.3 < 0.8 < (out - latents[0]).std()
+
+
+def test_appearance_guidance_falls_from_three_and_a_half_to_half_of_it(method, monkeypatch):
+    given = []
+    mean = method.mean
+    monkeypatch.setattr(method, "mean", lambda noise, t, x: given.append(noise) or mean(noise, t, x))
+    transferred(method, monkeypatch, lambda x, t, text: torch.full_like(x, 0.0 if method.processor.step is None else 1.0), 20, torch.randn(2, 4, 8, 8))
+    guidance = [float(noise.mean()) for noise in given[16:]]  # after the inversion
+    assert len(guidance) == 16 and guidance[:10] == [0] * 10
+    assert guidance[10:] == pytest.approx([3.5 - 1.75 * step / 15 for step in range(10, 16)])
