@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..imageio import write_picture
 from .doubt import KINDS, doubt_table
 from .grid_search import CURVES, HEAT_MAP
-from .methods import METHODS
+from .methods import METHODS, NEED_WEIGHTS
 from .run import HEADINGS, MEASURES, by_method, figure, interval
 from .sheet import caption, columns, contact_sheet, tile_of
 from .steps import NEAR, steps_table
@@ -108,7 +108,7 @@ def run_section(page: Page, results: dict, source: Path) -> None:
     if "made" in results:
         page.text("Made with " + ", ".join(f"{name} {value}" for name, value in results["made"].items()) + ".")
     page.table(means_table(rows, methods, intervals=True))
-    page.points([f"**{name}**: " + " ".join(METHODS[name].__doc__.split("\n\n")[0].split()) for name in methods])
+    page.points([f"**{name}**: " + " ".join((METHODS | NEED_WEIGHTS)[name].__doc__.split("\n\n")[0].split()) for name in methods])
     against = differences_table(rows, methods)
     if len(against) > 1:
         page.text("`detail` less each other method, item by item:")

@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,16 +26,17 @@ from ..model import RefineByAlign
 from ..refinement import Progress
 from . import metrics
 from .dataset import BenchmarkSet, Item
-from .methods import METHODS, NEED_MODEL, Outcome
+from .judges import FIGURES, Judge
+from .methods import NEED_MODEL, Method, Outcome
 from .sheet import save_tiles
 
 PIXEL_METRICS = ("masked_psnr", "masked_ssim", "hp_ssim", "detail_ncc")
-MEASURES = (*PIXEL_METRICS, "iou", "box_iou", "soft_iou", "token_bound_iou", "end_point_error", "confidence", "outside_changed_pixels", "fell_back", "seconds")
+MEASURES = (*PIXEL_METRICS, *FIGURES, "iou", "box_iou", "soft_iou", "token_bound_iou", "end_point_error", "confidence", "outside_changed_pixels", "fell_back", "seconds")
 GROUPS = ("task", "difficulty", "artifact", "weak")
 HEADINGS = {
     "masked_psnr": "PSNR dB", "masked_ssim": "SSIM", "hp_ssim": "hp-SSIM", "detail_ncc": "NCC", "iou": "IoU", "box_iou": "box IoU",
     "soft_iou": "soft IoU", "token_bound_iou": "bound", "end_point_error": "EPE (median)", "confidence": "confidence", "outside_changed_pixels": "changed", "fell_back": "fell back", "seconds": "s",
-}  # fmt: skip
+} | {name: heading for name, (heading, _) in FIGURES.items()}  # fmt: skip
 
 RESAMPLES = 2000
 """Of the bootstrap."""
@@ -68,30 +69,30 @@ class Share:
 
 def run(
     set_folder: str | Path,
-    methods: Sequence[str],
+    methods: Mapping[str, Method],
     model: RefineByAlign | None,
     folder: str | Path,
+    judges: Mapping[str, Judge] | None = None,
     limit: int | None = None,
     seed: int = 0,
     share: Share = Share(),
     progress: Progress | None = None,
 ) -> dict | None:
-    """Measure `methods`, names of METHODS, over the first `limit` items of a set (default: all).
+    """Measure methods, see `load_methods`, over the first `limit` items of a set (default: all).
 
     folder     where figures and tiles of each item go as soon as they are there; what lies there from a run cut short, or
                with fewer methods or items, is not done again
+    judges     further metrics, see `load_judges`
     share      what part this process does; the first one gets the whole result, when the others have finished, they `None`
     progress   called with (items done, items in all) of this process's share
-    returns    {"set", "n", "made": what made it, "methods": {name: means}, "groups": {label: {value: {name: means}}},
+    returns    {"set", "n", "made": what made it, "judges": {name: what it looks at}, "methods": {name: means}, "groups": {label: {value: {name: means}}},
                "items": [figures of one method on one item, ...], "failed": [{"id", "method", "problem"}, ...]}, ready for
                JSON. PSNR in dB, `seconds` per item, `fell_back` the share of items of which alignment said nothing (their IoU
                counts as 0). What a method or a set does not provide is left out; an item on which a method failed is left
                out of that method's means.
 
-    Raises `InputError` for an unknown method, a set that cannot be read, and a folder of another run.
+    Raises `InputError` for a set that cannot be read, and a folder of another run.
     """
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise InputError("methods", f"{unknown[0]!r} is not known", f"use some of {', '.join(METHODS)}")
     if limit is not None and limit < 1:
         raise InputError("limit", f"is {limit}", "use 1 or more")
     if model is None and (needy := NEED_MODEL & set(methods)):
@@ -100,23 +101,24 @@ def run(
     count, folder = min(limit or len(items), len(items)), Path(folder)
     made = {"seed": seed, **hashes(items, model)}
     _claim(folder, made, share)
-    mine = range(share.rank, count, share.count)
+    mine, judges = range(share.rank, count, share.count), judges or {}
     warm = False
     for number, position in enumerate(mine, 1):
         kept = _kept(folder, position)
-        missing = [name for name in methods if name not in kept["figures"]]
+        missing = {name: method for name, method in methods.items() if name not in kept["judged"] or not judges.keys() <= set(kept["judged"][name])}
         if missing:
             if not warm and (needy := [name for name in missing if name in NEED_MODEL]):
                 with suppress(Exception):  # what is wrong with this item is found when it is measured
-                    METHODS[needy[0]](items[position], model, seed)  # the first pass also pays for memory and kernels
+                    missing[needy[0]](items[position], model, seed)  # the first pass also pays for memory and kernels
                 warm = True
-            _measure_item(items, position, missing, model, seed, folder, kept)
+            _measure_item(items, position, missing, judges, model, seed, folder, kept)
         if progress:
             progress(number, len(mine))
     share.wait()
     if share.rank:
         return None
-    return summary(items.folder.resolve().name, methods, [_kept(folder, position) for position in range(count)]) | {"made": made | surroundings()}
+    found = summary(items.folder.resolve().name, list(methods), [_kept(folder, position) for position in range(count)])
+    return found | {"made": made | surroundings(), "judges": {name: judge.about for name, judge in judges.items()}}
 
 
 def hashes(items: BenchmarkSet, model: RefineByAlign | None) -> dict[str, str]:
@@ -254,12 +256,14 @@ def _claim(folder: Path, made: dict, share: Share) -> None:
 
 def _kept(folder: Path, position: int) -> dict:
     path = folder / f"{position:06d}.json"
-    return json.loads(path.read_text()) if path.exists() else {"id": "", "labels": {}, "figures": {}, "failed": {}}
+    return json.loads(path.read_text()) if path.exists() else {"id": "", "labels": {}, "figures": {}, "judged": {}, "failed": {}}
 
 
-def _measure_item(items: BenchmarkSet, position: int, methods: Sequence[str], model: RefineByAlign | None, seed: int, folder: Path, kept: dict) -> None:
+def _measure_item(
+    items: BenchmarkSet, position: int, methods: Mapping[str, Method], judges: Mapping[str, Judge], model: RefineByAlign | None, seed: int, folder: Path, kept: dict
+) -> None:
     """Run methods on one item and keep the figures, and tiles for a contact sheet; one that fails is kept with its problem."""
-    kept = {"id": items.lines[position]["id"], "labels": kept["labels"], "figures": dict(kept["figures"]), "failed": {}}
+    kept = kept | {"id": items.lines[position]["id"], "failed": {}}
     try:
         item = items[position]
     except InputError as error:
@@ -267,15 +271,19 @@ def _measure_item(items: BenchmarkSet, position: int, methods: Sequence[str], mo
     else:
         kept["labels"] = {"task": item.task, **item.labels}
         outcomes = {}
-        for name in methods:
-            started = time.perf_counter()
+        for name, method in methods.items():
             try:
-                outcomes[name] = METHODS[name](item, model, seed)
+                started = time.perf_counter()
+                outcomes[name] = method(item, model, seed)
+                seconds = round(time.perf_counter() - started, 3)
+                figures = measure(item, outcomes[name])
+                for judge in judges.values():
+                    figures |= judge(item, outcomes[name])
             except Exception as error:  # whatever it is, a thousand other items are not to be lost for it
                 kept["failed"][name] = f"{type(error).__name__}: {error}"
                 continue
-            seconds = round(time.perf_counter() - started, 3)
-            figures = measure(item, outcomes[name])
-            kept["figures"][name] = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in figures.items()} | {"seconds": seconds}
+            rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in figures.items()}
+            kept["figures"][name] = kept["figures"].get(name, {}) | rounded | {"seconds": seconds}
+            kept["judged"][name] = sorted({*kept["judged"].get(name, ()), *judges})
         save_tiles(folder / f"{position:06d}", item, outcomes)
     write_json(folder / f"{position:06d}.json", kept)
