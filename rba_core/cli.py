@@ -119,6 +119,7 @@ def demo(options) -> None:
 
 
 def bench_run(options) -> None:
+    from .bench.judges import parse_judges
     from .bench.run import format_table, run
     from .bench.sheet import ContactSheet
 
@@ -126,11 +127,15 @@ def bench_run(options) -> None:
     for path in filter(None, (options.json, options.sheet)):
         check_output(path, lossless=path == options.sheet)
     sheet = ContactSheet() if options.sheet else None
+    model = _load(options)
     with _bar("bench", "outcome") as progress:
         results = run(
-            options.set, methods, _load(options), limit=options.limit, seed=options.seed, progress=progress, on_item=sheet.add if sheet else None
-        )
+            options.set, methods, model, limit=options.limit, seed=options.seed, progress=progress, on_item=sheet.add if sheet else None,
+            judges=parse_judges(options.judges), device=model.device,
+        )  # fmt: skip
     print(format_table(results))
+    for name, reason in results["unavailable"].items():
+        print(f"{name}: not available: {reason}")
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
     if sheet:
@@ -358,6 +363,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("set", metavar="SET", help="folder with index.jsonl")
     command.add_argument("--methods", default="none,telea,single-stage,refine", help="comma-separated; also oracle, features, paper and no-reference (default: %(default)s)")
     command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
+    command.add_argument("--judges", default="kgain", metavar="NAME[=PATH],…", help="further metrics: kgain, ocr, and by weights of yours, from PATH or the hub's cache, clip, dino and lpips (default: %(default)s)")
     command.add_argument("--json", metavar="FILE", help="write all figures")
     command.add_argument("--sheet", metavar="FILE", help="write a contact sheet")
     command.set_defaults(command=bench_run)

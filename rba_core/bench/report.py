@@ -69,6 +69,8 @@ def section(results: dict) -> list[str]:
     lines = [f"## {results['set']}, {results['n']} items", ""]
     lines += table(results["methods"])
     lines += [f"- **{name}**: {inspect.cleandoc(METHODS[name].__doc__).splitlines()[0]}" for name in results["methods"]] + [""]
+    judged = [f"- {about}" for about in results.get("judges", {}).values()] + [f"- {name}: not available: {reason}" for name, reason in results.get("unavailable", {}).items()]
+    lines += judged + [""] * bool(judged)
     for label, values in results["groups"].items():
         for value, by_method in values.items():
             count = len({row["id"] for row in results["items"] if str(row.get(label)) == value})

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 from ..errors import InputError
 from ..model import RefineByAlign
 from ..refinement import Progress
 from . import metrics
 from .dataset import BenchmarkSet, Item
+from .judges import FIGURES, load_judges
 from .methods import METHODS, NEED_MODEL, Outcome
 
 PIXEL_METRICS = ("masked_psnr", "masked_ssim", "hp_ssim", "detail_ncc")
-MEASURES = (*PIXEL_METRICS, "iou", "box_iou", "soft_iou", "token_bound_iou", "end_point_error", "confidence", "outside_changed_pixels", "fell_back", "seconds")
+MEASURES = (*PIXEL_METRICS, *FIGURES, "iou", "box_iou", "soft_iou", "token_bound_iou", "end_point_error", "confidence", "outside_changed_pixels", "fell_back", "seconds")
 GROUPS = ("task", "difficulty", "artifact", "weak")
 HEADINGS = {
     "masked_psnr": "PSNR dB", "masked_ssim": "SSIM", "hp_ssim": "hp-SSIM", "detail_ncc": "NCC", "iou": "IoU", "box_iou": "box IoU",
     "soft_iou": "soft IoU", "token_bound_iou": "bound", "end_point_error": "EPE (median)", "confidence": "confidence", "outside_changed_pixels": "changed", "fell_back": "fell back", "seconds": "s",
-}  # fmt: skip
+} | {name: heading for name, (heading, _) in FIGURES.items()}  # fmt: skip
 
 
 def run(
@@ -31,13 +34,16 @@ def run(
     seed: int = 0,
     progress: Progress | None = None,
     on_item: Callable[[Item, dict[str, Outcome], dict[str, dict]], None] | None = None,
+    judges: Mapping[str, str | None] | None = None,
+    device: str | torch.device = "cpu",
 ) -> dict:
     """Measure `methods`, names of METHODS, over the first `limit` items of a set (default: all).
 
     progress   called with (outcomes done, outcomes in all)
     on_item    called after each item with its outcomes and figures by method, say `ContactSheet.add`
-    returns    {"set", "n", "methods": {name: means}, "groups": {label: {value: {name: means}}}, "items": [...]},
-               ready for JSON. PSNR in dB, `seconds` per item, `fell_back` the share of items of which alignment
+    judges     what further metrics are wanted, see `load_judges`; their networks run on `device`
+    returns    {"set", "n", "methods": {name: means}, "groups": {label: {value: {name: means}}}, "items": [...], "judges":
+               {name: network, crop and fill}, "unavailable": {name: why}}, ready for JSON. PSNR in dB, `seconds` per item, `fell_back` the share of items of which alignment
                said nothing (their IoU counts as 0). What a method or a set does not provide is left out.
 
     Raises `InputError` for an unknown method and a set that cannot be read.
@@ -48,6 +54,7 @@ def run(
         raise InputError("limit", f"is {limit}", "use 1 or more")
     if model is None and (needy := NEED_MODEL & set(methods)):
         raise InputError("model", f"is missing for {', '.join(sorted(needy))}", "give one, or run none and telea only")
+    ready, unavailable = load_judges(judges or {}, device)
     items = BenchmarkSet(set_folder)
     count = min(limit or len(items), len(items))
     for name in methods:
@@ -64,6 +71,8 @@ def run(
             outcomes[name] = METHODS[name](item, model, seed)
             seconds = time.perf_counter() - started
             figures[name] = measure(item, outcomes[name]) | {"seconds": seconds}
+            for judge in ready.values():
+                figures[name] |= judge(item, outcomes[name])
             rows.append({"id": item.id, "method": name, **figures[name], "task": item.task, **item.labels})
             if progress:
                 progress(len(rows), count * len(methods))
@@ -75,7 +84,8 @@ def run(
         values = dict.fromkeys(str(row[label]) for row in rows if label in row)
         if values:
             groups[label] = {value: _by_method(methods, [row for row in rows if str(row.get(label)) == value]) for value in values}
-    return {"set": Path(set_folder).resolve().name, "n": count, "methods": _by_method(methods, rows), "groups": groups, "items": rows}
+    told = {"judges": {name: judge.about for name, judge in ready.items()}, "unavailable": unavailable}
+    return {"set": Path(set_folder).resolve().name, "n": count, "methods": _by_method(methods, rows), "groups": groups, "items": rows} | told
 
 
 def measure(item: Item, outcome: Outcome) -> dict:
