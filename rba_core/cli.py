@@ -119,23 +119,34 @@ def demo(options) -> None:
 
 
 def bench_run(options) -> None:
+    from .bench.judges import load_judges, parse_judges
+    from .bench.methods import load_methods
     from .bench.report import contact_sheet_of, write_report
     from .bench.run import Share, format_table, run, write_json
 
-    methods = [name.strip() for name in options.methods.split(",")]
     folder = _folder(options.out)
     names = [Path(given).resolve().name for given in options.sets]
     if len(set(names)) < len(names):
         raise InputError("sets", f"have one name twice: {', '.join(names)}", "rename a folder: results are filed by the sets' names")
+    weights = {}
+    for pair in options.weights:
+        name, _, path = pair.partition("=")
+        if not path:
+            raise InputError("weights", f"are given as {pair!r}", "write NAME=PATH, say paint-by-example=FOLDER")
+        weights[name] = path
     share = Share.of_this_process()
     model = _load(options)
+    methods = load_methods([name.strip() for name in options.methods.split(",")], weights, model.device, model.dtype)
+    judges, unavailable = load_judges(parse_judges(options.judges), model.device)
+    for name, reason in unavailable.items():
+        print(f"{name}: not available: {reason}", file=sys.stderr)
     for given, name in zip(options.sets, names):
         with _bar(f"bench {name}", "item") as progress:
-            results = run(given, methods, model, folder / name, limit=options.limit, seed=options.seed, share=share, progress=progress)
+            results = run(given, methods, model, folder / name, judges, weights, limit=options.limit, seed=options.seed, share=share, progress=progress)
         if results is None:
             continue
         target = folder / f"{name}.json"
-        write_json(target, results | {"model": Path(options.model).name})
+        write_json(target, results | {"unavailable": unavailable, "model": Path(options.model).name})
         contact_sheet_of(results, target)
         print(format_table(results), end="\n\n")
         if results["failed"]:
@@ -384,7 +395,9 @@ def parser() -> argparse.ArgumentParser:
 
     command = benches.add_parser("run", parents=[model], help="measure methods on benchmark sets; goes on where it stopped, and under `accelerate launch` shares the work")
     command.add_argument("sets", nargs="+", metavar="SET", help="folder with index.jsonl")
-    command.add_argument("--methods", default="none,telea,sift-warp,paper,detail", help="comma-separated; also single-stage, no-reference, features, unregistered, oracle, oracle-warp (default: %(default)s)")
+    command.add_argument("--methods", default="none,telea,sift-warp,paper,detail", help="comma-separated; also single-stage, no-reference, features, unregistered, oracle, oracle-warp, and with weights of your own paint-by-example, sd-inpainting, cross-image-attention, dift (default: %(default)s)")
+    command.add_argument("--weights", action="append", default=[], metavar="NAME=PATH", help="folder, in the layout of diffusers, of a method with weights of your own; once for each")
+    command.add_argument("--judges", default="kgain", metavar="NAME[=PATH],…", help="further metrics: kgain, ocr, and by weights of yours, from PATH or the hub's cache, clip, dino and lpips (default: %(default)s)")
     command.add_argument("--limit", type=int, metavar="N", help="only the first N items of each")
     command.add_argument("-o", "--out", default="rba-bench", metavar="DIR", help="report.html, a JSON file and a contact sheet for each set, and what is kept of each item (default: %(default)s)")
     command.set_defaults(command=bench_run)

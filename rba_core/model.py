@@ -116,12 +116,12 @@ def quiet():
             library.set_verbosity(level)
 
 
-def read_part(kind: type, folder: Path) -> nn.Module:
-    """`kind.from_pretrained`, but weights that are absent are an error, not random."""
+def read_part(kind: type, source: str | Path, unused: tuple[str, ...] = ()) -> nn.Module:
+    """`kind.from_pretrained`, but weights that are absent are an error, not random, unless their names begin with one of `unused`."""
     with quiet():
-        part, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    if absent := [*report["missing_keys"], *report["mismatched_keys"]]:
-        raise ValueError(f"{folder.name} lacks {len(absent)} weights")
+        part, report = kind.from_pretrained(source, local_files_only=True, output_loading_info=True)
+    if absent := [name for name in report["missing_keys"] if not name.startswith(unused)] + [*report["mismatched_keys"]]:
+        raise ValueError(f"{Path(source).name} lacks {len(absent)} weights")
     return part
 
 

@@ -109,6 +109,7 @@ def run_section(page: Page, results: dict, source: Path) -> None:
         page.text("Made with " + ", ".join(f"{name} {value}" for name, value in results["made"].items()) + ".")
     page.table(means_table(rows, methods, intervals=True))
     page.points([f"**{name}**: " + " ".join((METHODS | NEED_WEIGHTS)[name].__doc__.split("\n\n")[0].split()) for name in methods])
+    page.points([*results.get("judges", {}).values(), *(f"{name}: not available: {reason}" for name, reason in results.get("unavailable", {}).items())])
     against = differences_table(rows, methods)
     if len(against) > 1:
         page.text("`detail` less each other method, item by item:")
@@ -226,7 +227,7 @@ class Markdown:
         self.lines += [words, ""]
 
     def points(self, points: Sequence[str]) -> None:
-        self.lines += [f"- {point}" for point in points] + [""]
+        self.lines += [f"- {point}" for point in points] + [""] * bool(points)
 
     def table(self, rows: Sequence[Sequence[str]]) -> None:
         self.lines += [*markdown_table(rows), ""]
@@ -256,7 +257,8 @@ class Html:
         self.parts.append(f"<p>{self._inline(words)}</p>")
 
     def points(self, points: Sequence[str]) -> None:
-        self.parts.append("<ul>" + "".join(f"<li>{self._inline(point)}</li>" for point in points) + "</ul>")
+        if points:
+            self.parts.append("<ul>" + "".join(f"<li>{self._inline(point)}</li>" for point in points) + "</ul>")
 
     def table(self, rows: Sequence[Sequence[str]]) -> None:
         head, *body = ("".join(f"<{tag}>{self._inline(cell)}</{tag}>" for cell in row) for tag, row in zip(["th"] + ["td"] * len(rows), rows))

@@ -73,6 +73,7 @@ def run(
     model: RefineByAlign | None,
     folder: str | Path,
     judges: Mapping[str, Judge] | None = None,
+    weights: Mapping[str, str] | None = None,
     limit: int | None = None,
     seed: int = 0,
     share: Share = Share(),
@@ -83,6 +84,7 @@ def run(
     folder     where figures and tiles of each item go as soon as they are there; what lies there from a run cut short, or
                with fewer methods or items, is not done again
     judges     further metrics, see `load_judges`
+    weights    where methods have theirs from, by name: others' results are not taken for theirs
     share      what part this process does; the first one gets the whole result, when the others have finished, they `None`
     progress   called with (items done, items in all) of this process's share
     returns    {"set", "n", "made": what made it, "judges": {name: what it looks at}, "methods": {name: means}, "groups": {label: {value: {name: means}}},
@@ -99,8 +101,7 @@ def run(
         raise InputError("model", f"is missing for {', '.join(sorted(needy))}", "give one, or run none and telea only")
     items = BenchmarkSet(set_folder)
     count, folder = min(limit or len(items), len(items)), Path(folder)
-    made = {"seed": seed, **hashes(items, model)}
-    _claim(folder, made, share)
+    made = _claimed(folder, {"seed": seed, **hashes(items, model), **{f"weights of {name}": str(Path(path).resolve()) for name, path in (weights or {}).items()}}, share)
     mine, judges = range(share.rank, count, share.count), judges or {}
     warm = False
     for number, position in enumerate(mine, 1):
@@ -242,16 +243,18 @@ def write_json(path: Path, results: dict) -> None:
     os.replace(partial, path)
 
 
-def _claim(folder: Path, made: dict, share: Share) -> None:
-    """The folder is this run's from now on. Raises `InputError` where it is another's."""
+def _claimed(folder: Path, made: dict, share: Share) -> dict:
+    """The folder is this run's from now on; returns what made all that lies in it. Raises `InputError` where it is another's."""
     ours = folder / "made.json"
-    if ours.exists() and (other := json.loads(ours.read_text())) != made:
-        differing = ", ".join(key for key in {**other, **made} if other.get(key) != made.get(key))
-        raise InputError("output", f"{folder} holds a run with another {differing}", "give another folder, or delete it to start anew")
+    other = json.loads(ours.read_text()) if ours.exists() else {}
+    if differing := [key for key in other if key in made and other[key] != made[key]]:
+        raise InputError("output", f"{folder} holds a run with another {', '.join(differing)}", "give another folder, or delete it to start anew")
     share.wait()
-    folder.mkdir(parents=True, exist_ok=True)
     if share.rank == 0:
-        write_json(ours, made)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(ours, other | made)
+    share.wait()
+    return other | made
 
 
 def _kept(folder: Path, position: int) -> dict:

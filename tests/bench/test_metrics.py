@@ -3,6 +3,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
+from skimage.filters import gaussian
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchmetrics.functional.classification import binary_jaccard_index
+from torchmetrics.functional.image import peak_signal_noise_ratio as torchmetrics_psnr
+from torchmetrics.functional.image import structural_similarity_index_measure as torchmetrics_ssim
 
 from rba_core.bench import metrics
 
@@ -149,3 +154,135 @@ def test_end_point_error_is_in_units_of_the_regions_size():
     missing[:, 5:10, 5] = torch.nan
     assert metrics.end_point_error(missing, truth, region) == pytest.approx(0.2)
     assert metrics.end_point_error(truth + 1000, truth, region) == 1
+
+
+# Parity: other packages' implementations, or the formula written out in loops.
+
+
+@pytest.fixture(params=["in the middle", "at the border"])
+def pair(request):
+    """Two noisy pictures `[3, 96, 120]` of one smooth scene, and a ragged mask."""
+    rng = np.random.default_rng(3)
+    scene = ndimage.gaussian_filter(rng.uniform(size=(3, 96, 120)), (0, 3, 3))
+    scene = (scene - scene.min()) / (scene.max() - scene.min())
+    result, truth = (torch.from_numpy((scene + rng.normal(0, 0.1, scene.shape)).clip(0, 1)).float() for _ in range(2))
+    mask = torch.zeros(96, 120)
+    part = (slice(40, 60), slice(45, 72)) if request.param == "in the middle" else (slice(0, 25), slice(100, 120))
+    mask[part] = torch.from_numpy(rng.uniform(size=mask[part].shape) < 0.7).float()
+    return result, truth, mask
+
+
+def grey(picture):
+    return np.tensordot([0.299, 0.587, 0.114], picture.double().numpy(), 1)
+
+
+def skimage_ssim(a, b, mask):
+    _, values = structural_similarity(a, b, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True)
+    return values[mask.numpy() > 0.5].mean()
+
+
+def high_passed(picture):
+    return picture - gaussian(picture, 4, mode="reflect", truncate=4)
+
+
+def test_psnr_agrees_with_scikit_image_and_torchmetrics(pair):
+    result, truth, mask = pair
+    ours = metrics.masked_psnr(result, truth, mask)
+    inside = [picture[:, mask > 0.5].double() for picture in (result, truth)]
+    assert ours == pytest.approx(peak_signal_noise_ratio(*(values.numpy() for values in inside[::-1]), data_range=1), abs=1e-6)
+    assert ours == pytest.approx(float(torchmetrics_psnr(*inside, data_range=1.0)), abs=1e-4)
+
+
+def test_ssim_agrees_with_scikit_image_and_torchmetrics(pair):
+    result, truth, mask = pair
+    ours = metrics.masked_ssim(result, truth, mask)
+    a, b = grey(result), grey(truth)
+    assert ours == pytest.approx(skimage_ssim(a, b, mask), abs=1e-9)
+    if not mask[:5].any():  # torchmetrics leaves out the border's five pixels, and mirrors without repeating the edge
+        batch = (torch.from_numpy(values)[None, None] for values in (a, b))
+        _, values = torchmetrics_ssim(*batch, sigma=1.5, data_range=1.0, return_full_image=True)
+        assert ours == pytest.approx(float(values[0, 0][mask > 0.5].mean()), abs=1e-6)
+
+
+def test_high_passed_ssim_agrees_with_scikit_image(pair):
+    result, truth, mask = pair
+    expected = skimage_ssim(high_passed(grey(result)), high_passed(grey(truth)), mask)
+    assert metrics.hp_ssim(result, truth, mask) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("contrast", [1.0, 0.05])
+def test_ncc_agrees_with_its_formula(contrast):
+    """At a contrast of 0.05 the windows are flatter than what counts as detail."""
+    rng = np.random.default_rng(4)
+    result, truth = (torch.from_numpy(0.5 + contrast * rng.uniform(-0.4, 0.4, (3, 40, 40))) for _ in range(2))
+    truth[:, :20] = result[:, 2:22].roll(3, -1)
+    mask = torch.zeros(40, 40)
+    mask[[14, 17, 17, 22], [15, 19, 20, 24]] = 1
+    a, b = grey(result), grey(truth)
+
+    def vector(picture, y, x):
+        window = picture[y - 4 : y + 5, x - 4 : x + 5].ravel()
+        window = (window - window.mean()) / max(np.linalg.norm(window - window.mean()), 0.03 * 9)
+        return np.append(window, np.sqrt(max(0, 1 - window @ window)))
+
+    shifts = [(dy, dx) for dy in range(-4, 5) for dx in range(-4, 5)]
+    best = [max(vector(a, y + dy, x + dx) @ vector(b, y, x) for dy, dx in shifts) for y, x in mask.nonzero().tolist()]
+    assert metrics.detail_ncc(result, truth, mask) == pytest.approx(np.mean(best), abs=1e-9)
+
+
+def test_iou_agrees_with_counting_and_torchmetrics():
+    rng = np.random.default_rng(5)
+    region, correspondence = np.zeros((40, 50)), np.zeros((40, 50))
+    region[5:25, 8:30], correspondence[12:38, 14:41] = rng.uniform(size=(20, 22)), rng.uniform(size=(26, 27)) < 0.6
+    both = either = least = most = 0
+    for ours, theirs in zip(region.ravel(), correspondence.ravel()):
+        both += ours > 0.5 and theirs > 0.5
+        either += ours > 0.5 or theirs > 0.5
+        least, most = least + min(ours, theirs), most + max(ours, theirs)
+    region, correspondence = torch.from_numpy(region).float(), torch.from_numpy(correspondence).float()
+    assert metrics.iou(region, correspondence) == pytest.approx(both / either)
+    assert metrics.iou(region, correspondence) == pytest.approx(float(binary_jaccard_index(region, correspondence.int())))
+    assert metrics.soft_iou(region, correspondence) == pytest.approx(least / most, abs=1e-6)
+
+    def pixels_of_the_box(mask):
+        ys, xs = zip(*((y, x) for y in range(40) for x in range(50) if mask[y, x] > 0.5))
+        return {(y, x) for y in range(min(ys), max(ys) + 1) for x in range(min(xs), max(xs) + 1)}
+
+    a, b = pixels_of_the_box(region), pixels_of_the_box(correspondence)
+    assert metrics.box_iou(region, correspondence) == pytest.approx(len(a & b) / len(a | b))
+
+
+def test_end_point_error_agrees_with_its_formula():
+    rng = np.random.default_rng(6)
+    truth = torch.from_numpy(rng.uniform(0, 40, (2, 12, 15))).float()
+    flow = truth + torch.from_numpy(rng.normal(0, 4, (2, 12, 15))).float()
+    region = torch.from_numpy(rng.uniform(size=(40, 50)) < 0.03).float()
+    truth[:, :4], flow[:, 6, 3:9] = torch.nan, torch.nan
+    size, errors = sum(value > 0.5 for value in region.flatten().tolist()) ** 0.5, []
+    for y in range(4, 12):
+        for x in range(15):
+            (u, v), (p, q) = flow[:, y, x].tolist(), truth[:, y, x].tolist()
+            errors.append(1 if u != u else min(1, ((u - p) ** 2 + (v - q) ** 2) ** 0.5 / size))
+    assert 0 < sum(error == 1 for error in errors) < len(errors)
+    assert metrics.end_point_error(flow, truth, region) == pytest.approx(sum(errors) / len(errors), abs=1e-6)
+
+
+def test_token_bound_agrees_with_its_formula():
+    """Tokens of 4 px over the square around an object that is taller than wide, and so reach beyond it."""
+    object_mask = torch.zeros(90, 80)
+    object_mask[12:76, 22:62] = 1
+    part = torch.zeros(90, 80)
+    part[30:47, 28:39] = part[38:45, 39:50] = 1
+    top, left = 12, 10
+    tokens = [[sum(float(part[top + 4 * i + y, left + 4 * j + x]) for y in range(4) for x in range(4)) / 16 for j in range(16)] for i in range(16)]
+    soft = np.zeros((90, 80))
+    for y in range(12, 76):
+        for x in range(22, 62):
+            v, u = (min(max((place + 0.5) / 4 - 0.5, 0), 15) for place in (y - top, x - left))
+            i, j = min(int(v), 14), min(int(u), 14)
+            above, below = (tokens[row][j] * (j + 1 - u) + tokens[row][j + 1] * (u - j) for row in (i, i + 1))
+            soft[y, x] = above * (i + 1 - v) + below * (v - i)
+    selected = part.numpy() > 0.5
+    cut = [soft >= share * soft.max() - 1e-7 for share in np.arange(1, 20) / 20]
+    expected = max((region & selected).sum() / (region | selected).sum() for region in cut)
+    assert metrics.token_bound_iou(part, object_mask) == pytest.approx(expected, abs=1e-6)

@@ -12,7 +12,7 @@ from torch import nn
 
 from rba_core.bench import run as bench
 from rba_core.bench.dataset import BenchmarkSet
-from rba_core.bench.methods import Outcome
+from rba_core.bench.methods import METHODS, Outcome
 from rba_core.errors import InputError
 from rba_core.geometry import Box
 from rba_core.postprocessing import MatchedRegion
@@ -40,19 +40,17 @@ def model():
     return Model(2, 2)
 
 
-@pytest.fixture
-def methods(monkeypatch):
-    monkeypatch.setitem(bench.METHODS, "detail", oracle)
-    monkeypatch.setitem(bench.METHODS, "single-stage", lost)
+NONE = {"none": METHODS["none"]}
+BOTH = NONE | {"detail": oracle}
 
 
 def figures(results: dict) -> list[dict]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in results["items"]]
 
 
-def test_results(small_set, methods, model, tmp_path):
+def test_results(small_set, model, tmp_path):
     steps = []
-    results = bench.run(small_set, ["none", "detail"], model, tmp_path, progress=lambda done, total: steps.append((done, total)))
+    results = bench.run(small_set, BOTH, model, tmp_path, progress=lambda done, total: steps.append((done, total)))
     assert results["set"] == "small" and results["n"] == 2 and results["failed"] == []
     assert json.loads(json.dumps(results)) == results
     none, refined = results["methods"]["none"], results["methods"]["detail"]
@@ -70,8 +68,8 @@ def test_results(small_set, methods, model, tmp_path):
     assert set(results["made"]) >= {"seed", "set", "code", "model", "machine", "torch", "diffusers"}
 
 
-def test_an_item_that_fell_back_counts_as_missed(small_set, methods, model, tmp_path):
-    results = bench.run(small_set, ["single-stage"], model, tmp_path)
+def test_an_item_that_fell_back_counts_as_missed(small_set, model, tmp_path):
+    results = bench.run(small_set, {"single-stage": lost}, model, tmp_path)
     assert results["methods"]["single-stage"]["fell_back"] == 1
     assert results["items"][0]["iou"] == results["items"][0]["box_iou"] == results["items"][0]["soft_iou"] == 0
     assert results["items"][0]["fell_back"] is True
@@ -85,53 +83,67 @@ def test_metrics_need_what_they_compare_with(small_set):
     assert bench.measure(bare, spoilt)["outside_changed_pixels"] > 0.9 * 192 * 192
 
 
-@pytest.fixture
-def counted(monkeypatch):
+class Counted:
     """A method that counts its items."""
-    seen = []
 
-    def method(item, model, seed):
-        seen.append((item.id, seed))
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, item, model, seed):
+        self.seen.append((item.id, seed))
         return Outcome(item.image)
 
-    monkeypatch.setitem(bench.METHODS, "detail", method)
-    return seen
+
+class Judge:
+    about = "counts red pixels"
+
+    def __call__(self, item, outcome):
+        return {"kgain": float((outcome.image[0] > 0.5).sum())}
 
 
-def test_the_model_is_warmed_up_before_timing(small_set, counted, model, tmp_path):
-    results = bench.run(small_set, ["detail"], model, tmp_path, limit=1, seed=5)
-    assert counted == [("00000", 5)] * 2
+def test_the_model_is_warmed_up_before_timing(small_set, model, tmp_path):
+    detail = Counted()
+    results = bench.run(small_set, {"detail": detail}, model, tmp_path, limit=1, seed=5)
+    assert detail.seen == [("00000", 5)] * 2
     assert results["n"] == 1 and len(results["items"]) == 1
 
 
-def test_what_is_done_is_not_done_again(small_set, counted, model, tmp_path):
-    first = bench.run(small_set, ["detail"], model, tmp_path, limit=1)
-    counted.clear()
-    assert bench.run(small_set, ["detail"], model, tmp_path, limit=1)["items"] == first["items"] and not counted
-    both = bench.run(small_set, ["none", "detail"], model, tmp_path)
-    assert {id for id, _ in counted} == {"00001"}
+def test_what_is_done_is_not_done_again(small_set, model, tmp_path):
+    detail = Counted()
+    first = bench.run(small_set, {"detail": detail}, model, tmp_path, limit=1)
+    detail.seen.clear()
+    assert bench.run(small_set, {"detail": detail}, model, tmp_path, limit=1)["items"] == first["items"] and not detail.seen
+    both = bench.run(small_set, NONE | {"detail": detail}, model, tmp_path)
+    assert {id for id, _ in detail.seen} == {"00001"}
     assert [(row["id"], row["method"]) for row in both["items"]] == [("00000", "none"), ("00000", "detail"), ("00001", "none"), ("00001", "detail")]
 
 
-@pytest.mark.parametrize("change", ["seed", "model"])
+def test_a_judge_that_comes_later_sees_all_items(small_set, model, tmp_path):
+    first = bench.run(small_set, NONE, model, tmp_path, limit=1)
+    judged = bench.run(small_set, NONE, model, tmp_path, {"kgain": Judge()})
+    assert judged["judges"] == {"kgain": "counts red pixels"} and first["judges"] == {}
+    assert [row["kgain"] for row in judged["items"]] == [float((item.image[0] > 0.5).sum()) for item in BenchmarkSet(small_set)]
+    assert judged["items"][0] | {"seconds": 0} == first["items"][0] | {"kgain": judged["items"][0]["kgain"], "seconds": 0}
+    assert bench.run(small_set, NONE, model, tmp_path)["items"] == judged["items"]
+
+
+@pytest.mark.parametrize("change", ["seed", "model", "weights of none"])
 def test_a_folder_of_another_run_is_refused(small_set, model, tmp_path, change):
-    bench.run(small_set, ["none"], model, tmp_path, limit=1)
+    bench.run(small_set, NONE, model, tmp_path, weights={"none": "a"}, limit=1)
     with pytest.raises(InputError, match=f"holds a run with another {change}"):
-        bench.run(small_set, ["none"], Model(2, 2) if change == "model" else model, tmp_path, seed=change == "seed")
+        bench.run(small_set, NONE, Model(2, 2) if change == "model" else model, tmp_path, weights={"none": "b"} if "weights" in change else None, seed=change == "seed")
 
 
-def test_a_method_that_fails_on_an_item_does_not_end_the_run(small_set, monkeypatch, model, tmp_path):
+def test_a_method_that_fails_on_an_item_does_not_end_the_run(small_set, model, tmp_path):
     def moody(item, model, seed):
         if item.id == "00000":
             raise RuntimeError("no")
         return Outcome(item.truth)
 
-    monkeypatch.setitem(bench.METHODS, "detail", moody)
-    results = bench.run(small_set, ["none", "detail"], model, tmp_path)
+    results = bench.run(small_set, NONE | {"detail": moody}, model, tmp_path)
     assert results["failed"] == [{"id": "00000", "method": "detail", "problem": "RuntimeError: no"}]
     assert results["n"] == 2 and results["methods"]["detail"]["hp_ssim"] == 1 and len(results["items"]) == 3
-    monkeypatch.setitem(bench.METHODS, "detail", oracle)  # mended: what failed is tried again
-    assert bench.run(small_set, ["none", "detail"], model, tmp_path)["failed"] == []
+    assert bench.run(small_set, BOTH, model, tmp_path)["failed"] == []  # mended: what failed is tried again
 
 
 def test_an_item_that_cannot_be_read_does_not_end_the_run(tmp_path, model):
@@ -139,19 +151,19 @@ def test_an_item_that_cannot_be_read_does_not_end_the_run(tmp_path, model):
 
     make_set(tmp_path / "set", 2, seed=0, size=192)
     (tmp_path / "set" / "00000" / "mask.png").write_bytes(b"no picture")
-    results = bench.run(tmp_path / "set", ["none"], model, tmp_path / "out")
+    results = bench.run(tmp_path / "set", NONE, model, tmp_path / "out")
     assert [failure["id"] for failure in results["failed"]] == ["00000"] and "mask.png" in results["failed"][0]["problem"]
     assert [row["id"] for row in results["items"]] == ["00001"]
 
 
-def test_two_processes_give_the_same_as_one(small_set, methods, model, tmp_path):
-    alone = bench.run(small_set, ["none", "detail"], model, tmp_path / "one")
+def test_two_processes_give_the_same_as_one(small_set, model, tmp_path):
+    alone = bench.run(small_set, BOTH, model, tmp_path / "one")
 
     class Share(bench.Share):
         wait = lambda self: None
 
-    assert bench.run(small_set, ["none", "detail"], model, tmp_path / "two", share=Share(1, 2)) is None
-    shared = bench.run(small_set, ["none", "detail"], model, tmp_path / "two", share=Share(0, 2))
+    assert bench.run(small_set, BOTH, model, tmp_path / "two", share=Share(1, 2)) is None
+    shared = bench.run(small_set, BOTH, model, tmp_path / "two", share=Share(0, 2))
     assert figures(shared) == figures(alone)
 
 
@@ -183,15 +195,15 @@ def test_a_killed_run_goes_on_and_accelerate_shares_it(command, tmp_path):
 
 @pytest.mark.parametrize(
     "methods, model, limit, problem",
-    [(["detail", "magic"], Model(2, 2), None, "'magic' is not known"), (["detail"], None, None, "missing for detail"), (["none"], None, 0, "limit: is 0")],
+    [({"detail": oracle}, None, None, "missing for detail"), (NONE, None, 0, "limit: is 0")],
 )
 def test_bad_arguments(small_set, methods, model, limit, problem, tmp_path):
     with pytest.raises(InputError, match=problem):
         bench.run(small_set, methods, model, tmp_path, limit=limit)
 
 
-def test_table(small_set, methods, model, tmp_path):
-    table = bench.format_table(bench.run(small_set, ["none", "detail"], model, tmp_path))
+def test_table(small_set, model, tmp_path):
+    table = bench.format_table(bench.run(small_set, BOTH, model, tmp_path))
     lines = [line.split() for line in table.splitlines()]
     assert lines[0][:4] == ["items", "n", "method", "PSNR"]
     assert lines[2][:4] == ["all", "2", "none", lines[2][3]]
