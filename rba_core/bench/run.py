@@ -42,8 +42,7 @@ def run(
 
     Raises `InputError` for an unknown method and a set that cannot be read.
     """
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise InputError("methods", f"{unknown[0]!r} is not known", f"use some of {', '.join(METHODS)}")
+    check_methods(methods)
     if limit is not None and limit < 1:
         raise InputError("limit", f"is {limit}", "use 1 or more")
     if model is None and (needy := NEED_MODEL & set(methods)):
@@ -76,6 +75,12 @@ def run(
         if values:
             groups[label] = {value: _by_method(methods, [row for row in rows if str(row.get(label)) == value]) for value in values}
     return {"set": Path(set_folder).resolve().name, "n": count, "methods": _by_method(methods, rows), "groups": groups, "items": rows}
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Raises `InputError` for a name that METHODS lacks."""
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise InputError("methods", f"{unknown[0]!r} is not known", f"use some of {', '.join(METHODS)}")
 
 
 def measure(item: Item, outcome: Outcome) -> dict:

@@ -19,6 +19,12 @@ GREEN = (0.1, 1.0, 0.3)
 GAP, CAPTION, HEADING = 6, 18, 22
 
 
+def surroundings(mask: Tensor) -> Box:
+    """A square half as large again as what a mask `[H, W]` selects, to look at enlarged; inside the picture where it fits."""
+    box = Box.around(mask)
+    return box.square(round(max(box.width, box.height) * 1.5)).clamped(*mask.shape)
+
+
 class ContactSheet:
     """A row an item: image, mask, reference with M* (white) and M_gt (green), result and truth, then the
     mask's surroundings enlarged, as artifacts are small: image, every method's result, truth.
@@ -41,8 +47,7 @@ class ContactSheet:
         tiles = {"image": item.image, "mask": item.mask.expand(3, -1, -1), "reference": reference, shown: result}
         if item.truth is not None:
             tiles["truth"] = item.truth
-        box = Box.around(item.mask)
-        box = box.square(round(max(box.width, box.height) * 1.5)).clamped(*item.mask.shape)
+        box = surroundings(item.mask)
         tiles["zoom: image"] = box.crop(item.image, fill=0.5)
         for name in sorted(set(outcomes) - {"none", shown}) + [shown]:
             tiles[f"zoom: {name}"] = box.crop(outcomes[name].image, fill=0.5)
