@@ -187,6 +187,28 @@ def bench_doubt(options) -> None:
         print(f"CALIBRATION = ({', '.join(f'{weight:.2f}' for weight in weights)}), {constant:.2f}")
 
 
+def bench_study(options) -> None:
+    from .bench.study import outcomes, write_study
+
+    methods = [name.strip() for name in options.methods.split(",")]
+    with _bar("study", "item") as progress:
+        results = outcomes(options.set, methods, _load(options), options.limit, options.seed, progress)
+        key = write_study(options.output, results, options.seed, set=Path(options.set).resolve().name, model=Path(options.model).name)
+    folder = Path(options.output)
+    print(f"{folder}  ({len(key['trials'])} trials; for the participants: {folder / 'page'}; to keep: {folder / 'key.json'})")
+
+
+def bench_study_table(options) -> None:
+    from .bench.study import study_table, tally
+
+    if options.json:
+        check_output(options.json, lossless=False)
+    results = tally(options.key, options.answers)
+    print("\n".join(study_table(results)))
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+
+
 def report(options) -> None:
     from .bench.report import write_report
 
@@ -382,6 +404,19 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="write all figures")
     command.add_argument("--calibrate", action="store_true", help="print the weights of the confidence fitted to this set, which needs flow: a validation split's")
     command.set_defaults(command=bench_doubt)
+
+    command = benches.add_parser("study", parents=[model], help="write a user study: a page where people choose between the results of two methods")
+    command.add_argument("set", metavar="SET", help="folder with index.jsonl")
+    command.add_argument("-o", "--output", required=True, metavar="DIR", help="a new folder: page/ for the participants, key.json to keep")
+    command.add_argument("--methods", default="detail,paper", help="comma-separated, as of bench run; every pair is compared (default: %(default)s)")
+    command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
+    command.set_defaults(command=bench_study)
+
+    command = benches.add_parser("study-table", help="what the participants of a user study preferred")
+    command.add_argument("answers", nargs="+", metavar="ANSWERS", help="the files that they saved")
+    command.add_argument("--key", required=True, metavar="FILE", help="key.json of the study")
+    command.add_argument("--json", metavar="FILE", help="write all figures")
+    command.set_defaults(command=bench_study_table)
 
     command = commands.add_parser("report", help="write a Markdown page from what bench run, grid-search and steps wrote")
     command.add_argument("results", nargs="+", metavar="JSON", help="files, or folders with such files")

@@ -13,20 +13,21 @@ from .grid_search import CURVES, HEAT_MAP
 from .methods import METHODS
 from .run import HEADINGS, MEASURES, figure
 from .steps import NEAR, steps_table
+from .study import study_table
 
 
 def write_report(sources: list[str | Path], target: str | Path) -> None:
-    """Write a page with a section for each JSON file of `rba bench run`, `doubt`, `grid-search` and `steps`; a folder stands
-    for all of them in it."""
+    """Write a page with a section for each JSON file of `rba bench run`, `doubt`, `grid-search`, `steps` and `study-table`; a
+    folder stands for all of them in it."""
     named = " ".join(Path(source).name for source in sources)
-    lines = ["# Results", "", f"Made by `rba report {named}` from JSON files beside this page, each written by `rba bench run`, `doubt`, `grid-search` or `steps`.", ""]
+    lines = ["# Results", "", f"Made by `rba report {named}` from JSON files beside this page, each written by `rba bench run`, `doubt`, `grid-search`, `steps` or `study-table`.", ""]
     for source in (path for given in sources for path in _files(Path(given))):
         try:
             results = json.loads(source.read_text())
             if "gamma" in results:
                 lines += grid_section(results, _relative(source.parent, target))
             else:
-                lines += steps_section(results) if "steps" in results else doubt_section(results) if "kinds" in results else section(results)
+                lines += steps_section(results) if "steps" in results else doubt_section(results) if "kinds" in results else study_section(results) if "pairs" in results else section(results)
         except FileNotFoundError as error:
             raise InputError("results", f"{source} does not exist", "write it with rba bench run SET --json FILE") from error
         except (json.JSONDecodeError, KeyError) as error:
@@ -63,6 +64,11 @@ def doubt_section(results: dict) -> list[str]:
     told = f"Registrations are used from a confidence of {results['min_confidence']:g} ({results['model']}). The right reference has more confidence than the wrong object's in {results['told']:.0%}."
     kinds = [f"- **{kind}**: {KINDS[kind]}" for kind in results["kinds"]]
     return [f"## Pairs made to fail: {results['set']}, {results['n']} items", "", *doubt_table(results), "", told, "", *kinds, ""]
+
+
+def study_section(results: dict) -> list[str]:
+    title = f"## User study: {results['set']}, {results['n']} items, {results['participants']} participant{'s' * (results['participants'] != 1)} ({results['model']})"
+    return [title, "", *study_table(results), ""]
 
 
 def section(results: dict) -> list[str]:
