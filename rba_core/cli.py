@@ -120,7 +120,6 @@ def demo(options) -> None:
 
 def bench_run(options) -> None:
     from .bench.judges import load_judges, parse_judges
-    from .bench.methods import load_methods
     from .bench.report import contact_sheet_of, write_report
     from .bench.run import Share, format_table, run, write_json
 
@@ -128,15 +127,9 @@ def bench_run(options) -> None:
     names = [Path(given).resolve().name for given in options.sets]
     if len(set(names)) < len(names):
         raise InputError("sets", f"have one name twice: {', '.join(names)}", "rename a folder: results are filed by the sets' names")
-    weights = {}
-    for pair in options.weights:
-        name, _, path = pair.partition("=")
-        if not path:
-            raise InputError("weights", f"are given as {pair!r}", "write NAME=PATH, say paint-by-example=FOLDER")
-        weights[name] = path
     share = Share.of_this_process()
     model = _load(options)
-    methods = load_methods([name.strip() for name in options.methods.split(",")], weights, model.device, model.dtype)
+    methods, weights = _methods(options, model)
     judges, unavailable = load_judges(parse_judges(options.judges), model.device)
     for name, reason in unavailable.items():
         print(f"{name}: not available: {reason}", file=sys.stderr)
@@ -212,6 +205,31 @@ def bench_calibrate(options) -> None:
         print(f"below {bar:g}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
 
 
+def bench_study(options) -> None:
+    from .bench.study import outcomes, write_study
+
+    model = _load(options)
+    methods, _ = _methods(options, model)
+    with _bar("study", "item") as progress:
+        results = outcomes(options.set, methods, model, options.limit, options.seed, progress)
+        key = write_study(options.output, results, options.seed, set=Path(options.set).resolve().name, model=Path(options.model).name)
+    folder = Path(options.output)
+    print(f"{folder}  ({len(key['trials'])} trials; for the participants: {folder / 'page'}; to keep: {folder / 'key.json'})")
+
+
+def bench_study_table(options) -> None:
+    from .bench.report import markdown_table
+    from .bench.run import write_json
+    from .bench.study import NOTE, study_table, tally
+
+    if options.json:
+        check_output(options.json, lossless=False)
+    results = tally(options.key, options.answers)
+    print("\n".join(markdown_table(study_table(results))) + f"\n\n{NOTE}")
+    if options.json:
+        write_json(Path(options.json), results)
+
+
 def report(options) -> None:
     from .bench.report import write_report
 
@@ -240,6 +258,19 @@ def train(options) -> None:
     except Stopped as stopped:
         print(f"rba: {stopped}", file=sys.stderr)
         raise SystemExit(128 + stopped.signum) from None
+
+
+def _methods(options, model):
+    """The methods asked for, and where those with weights of their own have them from, both by name."""
+    from .bench.methods import load_methods
+
+    weights = {}
+    for pair in options.weights:
+        name, _, path = pair.partition("=")
+        if not path:
+            raise InputError("weights", f"are given as {pair!r}", "write NAME=PATH, say paint-by-example=FOLDER")
+        weights[name] = path
+    return load_methods([name.strip() for name in options.methods.split(",")], weights, model.device, model.dtype), weights
 
 
 def _folder(given: str) -> Path:
@@ -393,10 +424,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--workers", type=int, default=1, metavar="N", help="processes, one core each (default: %(default)s)")
     command.set_defaults(command=bench_make)
 
-    command = benches.add_parser("run", parents=[model], help="measure methods on benchmark sets; goes on where it stopped, and under `accelerate launch` shares the work")
+    weights = argparse.ArgumentParser(add_help=False)
+    weights.add_argument("--weights", action="append", default=[], metavar="NAME=PATH", help="folder, in the layout of diffusers, of a method with weights of your own; once for each")
+
+    command = benches.add_parser("run", parents=[model, weights], help="measure methods on benchmark sets; goes on where it stopped, and under `accelerate launch` shares the work")
     command.add_argument("sets", nargs="+", metavar="SET", help="folder with index.jsonl")
     command.add_argument("--methods", default="none,telea,sift-warp,paper,detail", help="comma-separated; also single-stage, no-reference, features, unregistered, oracle, oracle-warp, and with weights of your own paint-by-example, sd-inpainting, cross-image-attention, dift (default: %(default)s)")
-    command.add_argument("--weights", action="append", default=[], metavar="NAME=PATH", help="folder, in the layout of diffusers, of a method with weights of your own; once for each")
     command.add_argument("--judges", default="kgain", metavar="NAME[=PATH],…", help="further metrics: kgain, ocr, and by weights of yours, from PATH or the hub's cache, clip, dino and lpips (default: %(default)s)")
     command.add_argument("--limit", type=int, metavar="N", help="only the first N items of each")
     command.add_argument("-o", "--out", default="rba-bench", metavar="DIR", help="report.html, a JSON file and a contact sheet for each set, and what is kept of each item (default: %(default)s)")
@@ -426,6 +459,19 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("sets", nargs="+", metavar="SET", help="sets with flow of the validation split")
     command.add_argument("--limit", type=int, metavar="N", help="only the first N items of each")
     command.set_defaults(command=bench_calibrate)
+
+    command = benches.add_parser("study", parents=[model, weights], help="write a user study: a page where people choose between the results of two methods")
+    command.add_argument("set", metavar="SET", help="folder with index.jsonl")
+    command.add_argument("-o", "--output", required=True, metavar="DIR", help="a new folder: page/ for the participants, key.json to keep")
+    command.add_argument("--methods", default="detail,paper", help="comma-separated, as of bench run; every pair is compared (default: %(default)s)")
+    command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
+    command.set_defaults(command=bench_study)
+
+    command = benches.add_parser("study-table", help="what the participants of a user study preferred")
+    command.add_argument("answers", nargs="+", metavar="ANSWERS", help="the files that they saved")
+    command.add_argument("--key", required=True, metavar="FILE", help="key.json of the study")
+    command.add_argument("--json", metavar="FILE", help="write all figures")
+    command.set_defaults(command=bench_study_table)
 
     command = commands.add_parser("report", help="write a page, .html or .md, from what bench run, doubt, speed, grid-search and steps wrote")
     command.add_argument("results", nargs="+", metavar="JSON", help="files, or folders with such files")

@@ -20,6 +20,7 @@ from .methods import METHODS, NEED_WEIGHTS
 from .run import HEADINGS, MEASURES, by_method, figure, interval
 from .sheet import caption, columns, contact_sheet, tile_of
 from .steps import NEAR, steps_table
+from .study import NOTE, study_table
 
 TITLE = "Results"
 UNCERTAIN = ("masked_psnr", "masked_ssim", "hp_ssim", "detail_ncc", "iou")
@@ -41,13 +42,13 @@ figcaption { font-size: 11px; color: #777 } .words { font-size: 12px; margin: .9
 
 
 def write_report(sources: Sequence[str | Path], target: str | Path) -> None:
-    """Write a page with a section for each JSON file of `rba bench run`, `doubt`, `speed`, `grid-search` and `steps`; a folder
-    stands for all of them in it. HTML holds its pictures, Markdown refers to those beside the JSON files."""
+    """Write a page with a section for each JSON file of `rba bench run`, `doubt`, `speed`, `grid-search`, `steps` and
+    `study-table`; a folder stands for all of them in it. HTML holds its pictures, Markdown refers to those beside the JSON files."""
     target = Path(target)
     page = Html() if target.suffix.lower() in (".html", ".htm") else Markdown(target.parent)
     named = " ".join(Path(source).name for source in sources)
     page.heading(1, TITLE)
-    page.text(f"Made by `rba report {named}` from JSON files, each written by `rba bench run`, `doubt`, `grid-search` or `steps`. In brackets 95% confidence intervals, by bootstrap over items.")
+    page.text(f"Made by `rba report {named}` from JSON files, each written by `rba bench run`, `doubt`, `speed`, `grid-search`, `steps` or `study-table`. In brackets 95% confidence intervals, by bootstrap over items.")
     for source in (path for given in sources for path in _files(Path(given))):
         try:
             results = json.loads(source.read_text())
@@ -62,7 +63,7 @@ def write_report(sources: Sequence[str | Path], target: str | Path) -> None:
 
 
 def section_of(results: dict):
-    for key, section in (("gamma", grid_section), ("steps", steps_section), ("kinds", doubt_section)):
+    for key, section in (("gamma", grid_section), ("steps", steps_section), ("kinds", doubt_section), ("pairs", study_section)):
         if key in results:
             return section
     return run_section
@@ -99,6 +100,12 @@ def doubt_section(page: Page, results: dict, source: Path) -> None:
     page.table(doubt_table(results))
     page.text(f"Registrations are used from a confidence of {results['min_confidence']:g} ({results['model']}). The right reference has more confidence than the wrong object's in {results['told']:.0%}.")
     page.points([f"**{kind}**: {KINDS[kind]}" for kind in results["kinds"]])
+
+
+def study_section(page: Page, results: dict, source: Path) -> None:
+    page.heading(2, f"User study: {results['set']}, {results['n']} items, {results['participants']} participants ({results['model']})")
+    page.table(study_table(results))
+    page.text(NOTE)
 
 
 def run_section(page: Page, results: dict, source: Path) -> None:

@@ -22,12 +22,17 @@ TILE = 176
 GAP, CAPTION, HEADING = 6, 18, 22
 
 
+def surroundings(mask: Tensor) -> Box:
+    """A square half as large again as what a mask `[H, W]` selects, to look at enlarged; inside the picture where it fits."""
+    box = Box.around(mask)
+    return box.square(round(max(box.width, box.height) * 1.5)).clamped(*mask.shape)
+
+
 def save_tiles(folder: Path, item: Item, outcomes: dict[str, Outcome]) -> None:
     """Write what a sheet shows of an item, each as `<name>.jpg` of TILE pixels: its image with the mask outlined, its reference
     with M_gt, its truth; a method's result and M* on the reference. `zoom-…`, the mask's surroundings enlarged, as artifacts
     are small."""
-    box = Box.around(item.mask)
-    box = box.square(round(max(box.width, box.height) * 1.5)).clamped(*item.mask.shape)
+    box = surroundings(item.mask)
     marked = item.reference if item.correspondence is None else outline(item.reference, item.correspondence, GREEN)
     tiles = {"image": outline(item.image, item.mask), "reference": marked, "zoom-image": box.crop(item.image, fill=0.5)}
     if item.truth is not None:

@@ -89,9 +89,9 @@ def test_weights_that_are_not_whole(sd_folder, tmp_path, part):
         load_methods(["cross-image-attention"], {"cross-image-attention": folder})
 
 
-def test_run_takes_weights(small_set, sd_folder):
+def test_run_takes_weights(small_set, sd_folder, tmp_path):
     pytest.importorskip("cv2")
-    report = run(small_set, ["none", "dift"], None, limit=1, weights={"dift": sd_folder})
+    report = run(small_set, load_methods(["none", "dift"], {"dift": sd_folder}), None, tmp_path, limit=1)
     assert 0 <= report["methods"]["dift"]["iou"] <= 1 and "iou" not in report["methods"]["none"]
     assert report["methods"]["dift"]["hp_ssim"] == report["methods"]["none"]["hp_ssim"]
 
