@@ -153,11 +153,11 @@ class RefineByAlign(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return self.unet.conv_in.weight.device  # diffusers' own property goes through all modules, milliseconds each time
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+        return self.unet.conv_in.weight.dtype
 
     @property
     def stride(self) -> int:
