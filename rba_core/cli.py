@@ -230,6 +230,23 @@ def bench_study_table(options) -> None:
         write_json(Path(options.json), results)
 
 
+def bench_speed(options) -> None:
+    from .bench.report import markdown_table
+    from .bench.run import write_json
+    from .bench.speed import measure_speed, speed_sentences, speed_table, speed_title
+
+    if options.json:
+        check_output(options.json, lossless=False)
+    with _bar("speed", "run") as progress:
+        results = measure_speed(
+            options.size, **_machine(options), steps=options.steps, repeats=options.repeats, warm_up=options.warm_up, compile=options.compile,
+            channels_last=options.channels_last, progress=progress,
+        )  # fmt: skip
+    print("\n".join([speed_title(results), "", *markdown_table(speed_table(results)), "", *speed_sentences(results)]))
+    if options.json:
+        write_json(Path(options.json), results)
+
+
 def report(options) -> None:
     from .bench.report import write_report
 
@@ -320,6 +337,11 @@ def _settings(options):
 def _load(options):
     from .model import RefineByAlign
 
+    return RefineByAlign.load(options.model, **_machine(options))
+
+
+def _machine(options) -> dict:
+    """Device and dtype, as `RefineByAlign.load` takes them."""
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.dtype]
     device = options.device
     if device == "auto":
@@ -328,7 +350,7 @@ def _load(options):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError("device", f"{device!r} is not available here", "use cpu, cuda, cuda:N or mps") from error
-    return RefineByAlign.load(options.model, device=device, dtype=dtype)
+    return {"device": device, "dtype": dtype}
 
 
 def _write_results(path: str | Path, results: dict, options) -> None:
@@ -361,10 +383,12 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="rba", description="Refine-by-Align: put right what an image generator got wrong, from a reference photo.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    model = argparse.ArgumentParser(add_help=False)
+    machine = argparse.ArgumentParser(add_help=False)
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    machine.add_argument("--dtype", default="fp32", choices=["fp32", "fp16", "bf16"], help="precision (default: %(default)s)")
+
+    model = argparse.ArgumentParser(add_help=False, parents=[machine])
     model.add_argument("--model", default="rba-tiny", help="a shipped model's name or a model folder (default: %(default)s)")
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
-    model.add_argument("--dtype", default="fp32", choices=["fp32", "fp16", "bf16"], help="precision (default: %(default)s)")
     model.add_argument("--seed", type=int, default=0, help="same seed, same result (default: %(default)s)")
 
     inputs = argparse.ArgumentParser(add_help=False)
@@ -472,6 +496,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--key", required=True, metavar="FILE", help="key.json of the study")
     command.add_argument("--json", metavar="FILE", help="write all figures")
     command.set_defaults(command=bench_study_table)
+
+    command = benches.add_parser("speed", parents=[machine], help="how long the parts of the method take, and how much of it is overhead")
+    command.add_argument("--size", default="tiny", metavar="S", help="tiny, the shipped model; sd15 or sd21, Stable Diffusion's sizes with random weights (default: %(default)s)")
+    command.add_argument("--steps", type=int, metavar="N", help="denoising steps of the refinement (default: the model's)")
+    command.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds, of which the medians are told (default: %(default)s)")
+    command.add_argument("--warm-up", type=int, default=1, metavar="N", help="rounds before them that do not count; 0 where a round takes minutes (default: %(default)s)")
+    command.add_argument("--compile", action="store_true", help="also with torch.compile of the U-Net")
+    command.add_argument("--channels-last", action="store_true", help="also with the model in that memory format")
+    command.add_argument("--json", metavar="FILE", help="write all figures, machine and versions")
+    command.set_defaults(command=bench_speed)
 
     command = commands.add_parser("report", help="write a page, .html or .md, from what bench run, doubt, speed, grid-search and steps wrote")
     command.add_argument("results", nargs="+", metavar="JSON", help="files, or folders with such files")

@@ -125,6 +125,14 @@ def read_part(kind: type, source: str | Path, unused: tuple[str, ...] = ()) -> n
     return part
 
 
+def read_config(name: str) -> dict:
+    """Of each part of a model, and of the model, the config in `configs/`."""
+    path = CONFIGS / f"{name}.json"
+    if not path.exists():
+        raise InputError("model config", f"{name!r} is not known", f"use one of {', '.join(sorted(p.stem for p in CONFIGS.glob('*.json')))}")
+    return json.loads(path.read_text())
+
+
 class RefineByAlign(nn.Module):
     """Holds the parts; the steps of the method are functions over it.
 
@@ -153,11 +161,11 @@ class RefineByAlign(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return self.unet.conv_in.weight.device  # diffusers' own property goes through all modules, milliseconds each time
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+        return self.unet.conv_in.weight.dtype
 
     @property
     def stride(self) -> int:
@@ -246,19 +254,20 @@ class RefineByAlign(nn.Module):
         return sampler.timesteps[timestep][None]
 
     @classmethod
-    def from_config(cls, name: str) -> RefineByAlign:
-        """A model with random weights from a config in `configs/`: "rba-tiny" or "sd1x"."""
-        path = CONFIGS / f"{name}.json"
-        if not path.exists():
-            raise InputError("model config", f"{name!r} is not known", f"use one of {', '.join(sorted(p.stem for p in CONFIGS.glob('*.json')))}")
-        parts = json.loads(path.read_text())
-        return cls(
-            ModelConfig(**parts["model"]),
-            AUTOENCODERS[parts["vae"].pop("_class_name")](**parts["vae"]),
-            UNet2DConditionModel(**parts["unet"]),
-            Dinov2Model(Dinov2Config(**parts["encoder"])),
-            DDIMScheduler(**parts["scheduler"]),
-        ).eval()
+    def from_config(cls, config: str | dict, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> RefineByAlign:
+        """A model with random weights from a config of `configs/`, by its name, "rba-tiny" or "sd1x", or as `read_config`
+        gives it; made where and as it is to be, so that it takes no more memory than it needs."""
+        parts = read_config(config) if isinstance(config, str) else config
+        vae, usual = dict(parts["vae"]), torch.get_default_dtype()
+        scheduler = DDIMScheduler(**parts["scheduler"])
+        try:
+            with torch.device(device), quiet():
+                autoencoder = AUTOENCODERS[vae.pop("_class_name")](**vae).to(dtype)
+                torch.set_default_dtype(dtype)
+                unet, encoder = UNet2DConditionModel(**parts["unet"]), Dinov2Model(Dinov2Config(**parts["encoder"]))
+                return cls(ModelConfig(**parts["model"]), autoencoder, unet, encoder, scheduler).eval()
+        finally:
+            torch.set_default_dtype(usual)
 
     def save(self, folder: str | Path) -> None:
         """Write a folder of safetensors and JSON, each part in its library's own layout; whole or not at all."""

@@ -71,14 +71,14 @@ def refine(
     sampler = make_scheduler(model, scheduler or model.config.scheduler)
     sampler.set_timesteps(steps)
 
-    known = model.encode_image(crop.image[None])
-    hole = F.adaptive_max_pool2d(crop.mask[None, None], known.shape[-2:]).to(known)
-    laid, given = None, torch.zeros_like(hole)
+    shown, laid = crop.image, None
     if collage is not None:
         size = crop.image.shape[-1]
         laid = resize(collage.picture, size, size)[None], resize_mask(collage.valid, size, size)[None, None]
-        pasted = torch.where(crop.mask * laid[1][0, 0] > 0.5, laid[0][0], crop.image)
-        known = model.encode_image(pasted[None])
+        shown = torch.where(crop.mask * laid[1][0, 0] > 0.5, laid[0][0], crop.image)
+    known = model.encode_image(shown[None])
+    hole, given = F.adaptive_max_pool2d(crop.mask[None, None], known.shape[-2:]).to(known), torch.zeros_like(known[:, :1])
+    if laid is not None:
         given = hole * (1 - F.adaptive_max_pool2d(crop.mask * (1 - laid[1]), known.shape[-2:]).to(known))
     condition = model.inpainting_condition(crop.image[None], crop.mask[None, None], collage=laid)
     embedding = reference.embedding

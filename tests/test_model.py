@@ -288,8 +288,7 @@ def test_parts_that_do_not_fit_are_refused(make_model):
 
 @pytest.fixture(scope="module")
 def sd1x() -> RefineByAlign:
-    with torch.device("meta"):
-        return RefineByAlign.from_config("sd1x")
+    return RefineByAlign.from_config("sd1x", device="meta")
 
 
 def test_sd1x_has_the_parts_of_stable_diffusion_1(sd1x):
@@ -316,8 +315,7 @@ def test_sd1x_starts_its_50_steps_at_981_as_stable_diffusion_does(sd1x):
 
 
 def test_rba_tiny_has_the_same_topology_and_stays_small():
-    with torch.device("meta"):
-        tiny = RefineByAlign.from_config("rba-tiny")
+    tiny = RefineByAlign.from_config("rba-tiny", device="meta")
     assert len(cross_attentions(tiny.unet)) == 16
     assert parameters(tiny) <= 20e6
     assert tiny.stride == 8 and tiny.encoder_size == 224

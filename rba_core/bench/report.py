@@ -19,6 +19,7 @@ from .grid_search import CURVES, HEAT_MAP
 from .methods import METHODS, NEED_WEIGHTS
 from .run import HEADINGS, MEASURES, by_method, figure, interval
 from .sheet import caption, columns, contact_sheet, tile_of
+from .speed import speed_meanings, speed_sentences, speed_setting, speed_table, speed_title
 from .steps import NEAR, steps_table
 from .study import NOTE, study_table
 
@@ -63,7 +64,7 @@ def write_report(sources: Sequence[str | Path], target: str | Path) -> None:
 
 
 def section_of(results: dict):
-    for key, section in (("gamma", grid_section), ("steps", steps_section), ("kinds", doubt_section), ("pairs", study_section)):
+    for key, section in (("gamma", grid_section), ("steps", steps_section), ("kinds", doubt_section), ("pairs", study_section), ("speed", speed_section)):
         if key in results:
             return section
     return run_section
@@ -106,6 +107,14 @@ def study_section(page: Page, results: dict, source: Path) -> None:
     page.heading(2, f"User study: {results['set']}, {results['n']} items, {results['participants']} participants ({results['model']})")
     page.table(study_table(results))
     page.text(NOTE)
+
+
+def speed_section(page: Page, results: dict, source: Path) -> None:
+    page.heading(2, f"Speed: {speed_title(results)}")
+    page.text(speed_setting(results))
+    page.table(speed_table(results))
+    page.points(speed_sentences(results))
+    page.points(speed_meanings(results))
 
 
 def run_section(page: Page, results: dict, source: Path) -> None:
