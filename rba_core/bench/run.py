@@ -43,10 +43,11 @@ def run(
     on_item    called after each item with its outcomes and figures by method, say `ContactSheet.add`
     judges     what further metrics are wanted, see `load_judges`; their networks run on `device`
     returns    {"set", "n", "methods": {name: means}, "groups": {label: {value: {name: means}}}, "items": [...], "judges":
-               {name: network, crop and fill}, "unavailable": {name: why}}, ready for JSON. PSNR in dB, `seconds` per item, `fell_back` the share of items of which alignment
-               said nothing (their IoU counts as 0). What a method or a set does not provide is left out.
+               {name: network, crop and fill}, "unavailable": {name: why}}, ready for JSON. PSNR in dB, `seconds` per item,
+               `fell_back` the share of items of which alignment said nothing (their IoU counts as 0). What a method or a
+               set does not provide is left out.
 
-    Raises `InputError` for an unknown method and a set that cannot be read.
+    Raises `InputError` for an unknown method or judge and a set that cannot be read.
     """
     if unknown := [name for name in methods if name not in METHODS]:
         raise InputError("methods", f"{unknown[0]!r} is not known", f"use some of {', '.join(METHODS)}")

@@ -330,3 +330,19 @@ def test_figures_reach_the_report_by_method(small_set, clip, monkeypatch):
     assert {"CLIP-I", "KGain"} <= {cell.strip() for cell in table}
     assert json.loads(json.dumps(report)) == report
     assert not set(judges.FIGURES) & set(bench.run(small_set, ["none"], None, limit=1)["items"][0])
+
+
+def test_the_command_says_what_is_not_available(small_set, clip, tmp_path, capsys):
+    from rba_core import cli
+    from rba_core.bench.report import write_report
+
+    command = ["bench", "run", str(small_set), "--methods", "none,telea", "--json", str(tmp_path / "run.json"), "--judges"]
+    assert cli.main([*command, f"kgain,clip={clip},dino={tmp_path}"]) == 0
+    table, unavailable = capsys.readouterr().out.rsplit("\n", 2)[:2]
+    assert "CLIP-I" in table and "DINO-I" not in table
+    assert unavailable.startswith(f"dino: not available: {tmp_path} cannot be read (") and unavailable.endswith("give dino=PATH, a DINO's or DINOv2's folder")
+    write_report([tmp_path / "run.json"], tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "| CLIP-I |" in page and "- CLIP-I, CLIP-T: small-clip; " in page and "- dino: not available: " in page
+    assert cli.main([*command, "taste"]) == 2
+    assert "judges: 'taste' is not known" in capsys.readouterr().err
