@@ -37,6 +37,7 @@ FILL = 0.5
 CLIP, DINO, ALEXNET = "openai/clip-vit-base-patch32", "facebook/dino-vits16", "alexnet-owt-7be5be79.pth"
 DINO_KINDS = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 RATIO = 0.8
+"""Of a keypoint's distances to its nearest and its second (Lowe 2004)."""
 SURE, SHORTEST = 0.7, 2
 """What a line of text must reach to count as read, and characters that the reference must show."""
 INSTALL = 'pip install "refine-by-align[judges]"'

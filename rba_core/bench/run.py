@@ -124,7 +124,7 @@ def run(
 
 def hashes(items: BenchmarkSet, model: RefineByAlign | None) -> dict[str, str]:
     """What results depend on besides the seed, as short digests: the set's index, the model's configuration and weights,
-    this package's code."""
+    and the code of the steps, the methods and the metrics."""
 
     def digest(parts: Iterable[bytes]) -> str:
         found = hashlib.sha256()
@@ -132,7 +132,8 @@ def hashes(items: BenchmarkSet, model: RefineByAlign | None) -> dict[str, str]:
             found.update(part)
         return found.hexdigest()[:12]
 
-    code = sorted(Path(__file__).parents[1].rglob("*.py"))
+    core = Path(__file__).parents[1]
+    code = sorted({*core.glob("*.py"), *core.glob("bench/methods/*.py"), *(core / "bench" / f"{name}.py" for name in ("metrics", "judges"))} - {core / "cli.py"})
     found = {"set": digest([(items.folder / "index.jsonl").read_bytes()]), "code": digest(path.read_bytes() for path in code)}
     if model is not None:
         tensors = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() for tensor in model.state_dict().values())

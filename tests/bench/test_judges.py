@@ -150,10 +150,6 @@ def test_absent_weights_give_a_reason_and_no_figure(name, small_set, tmp_path):
         assert ready == {} and set(unavailable) == {name}
         assert str(source) in unavailable[name] or "needs the package" in unavailable[name]
         assert "\n" not in unavailable[name]
-    report = bench.run(small_set, ["none"], None, limit=1, judges={name: str(tmp_path), "kgain": None})
-    assert report["unavailable"] == {name: load_judges({name: str(tmp_path)})[1][name]}
-    assert set(report["judges"]) == {"kgain"}
-    assert set(judges.FIGURES) & set(report["methods"]["none"]) == {"kgain"}
 
 
 def test_weights_that_lack_a_part_are_not_made_up(clip, tmp_path):
@@ -319,14 +315,31 @@ def test_lpips_without_weights_says_so(tmp_path, monkeypatch):
     assert "cannot be read" in load_judges({"lpips": str(tmp_path / "vgg16.pth")})[1]["lpips"]
 
 
-def test_figures_reach_the_report_by_method(small_set, clip, monkeypatch):
-    monkeypatch.setitem(bench.METHODS, "oracle", lambda item, model, seed: Outcome(item.truth))
-    report = bench.run(small_set, ["none", "oracle"], object(), judges={"clip": str(clip), "kgain": None})
-    rows = [row for row in report["items"] if row["method"] == "oracle"]
-    assert report["methods"]["oracle"]["clip_i"] == pytest.approx(sum(row["clip_i"] for row in rows) / 2)
-    assert report["methods"]["none"]["kgain"] == 0 and "keypoint_matches" in rows[0] and "keypoint_matches" not in report["methods"]["oracle"]
-    assert "small-clip" in report["judges"]["clip"] and report["unavailable"] == {}
+def test_figures_reach_the_report_by_method(small_set, clip, tmp_path):
+    methods = {"none": lambda item, model, seed: Outcome(item.image), "telea": lambda item, model, seed: Outcome(item.truth)}
+    report = bench.run(small_set, methods, None, tmp_path / "judged", load_judges({"clip": str(clip), "kgain": None})[0])
+    rows = [row for row in report["items"] if row["method"] == "telea"]
+    assert report["methods"]["telea"]["clip_i"] == pytest.approx(sum(row["clip_i"] for row in rows) / 2)
+    assert report["methods"]["none"]["kgain"] == 0 and "keypoint_matches" in rows[0] and "keypoint_matches" not in report["methods"]["telea"]
+    assert "small-clip" in report["judges"]["clip"]
     table = bench.format_table(report).splitlines()[0].split("  ")
     assert {"CLIP-I", "KGain"} <= {cell.strip() for cell in table}
     assert json.loads(json.dumps(report)) == report
-    assert not set(judges.FIGURES) & set(bench.run(small_set, ["none"], None, limit=1)["items"][0])
+    assert not set(judges.FIGURES) & set(bench.run(small_set, methods, None, tmp_path / "not", limit=1)["items"][0])
+
+
+def test_the_command_says_what_is_not_available(small_set, clip, tmp_path, capsys):
+    from rba_core import cli
+    from rba_core.bench.report import write_report
+
+    command = ["bench", "run", str(small_set), "--methods", "none,telea", "-o", str(tmp_path / "out"), "--judges"]
+    assert cli.main([*command, f"kgain,clip={clip},dino={tmp_path}"]) == 0
+    table, unavailable = capsys.readouterr()
+    assert "CLIP-I" in table and "DINO-I" not in table
+    unavailable = unavailable.splitlines()[0]
+    assert unavailable.startswith(f"dino: not available: {tmp_path} cannot be read (") and unavailable.endswith("give dino=PATH, a DINO's or DINOv2's folder")
+    write_report([tmp_path / "out" / "small.json"], tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "| CLIP-I |" in page and "- CLIP-I, CLIP-T: small-clip; " in page and "- dino: not available: " in page
+    assert cli.main([*command, "taste"]) == 2
+    assert "judges: 'taste' is not known" in capsys.readouterr().err
