@@ -36,6 +36,10 @@ from ..imageio import to_bytes, write_picture
 SPLITS = {"validation": 0, "test": 1}
 """The bit of a seed that tells the splits apart."""
 TASKS = ("customization", "view_synthesis", "compositing", "try_on")
+CAPTIONS = {
+    "customization": "a photo of a printed {}", "view_synthesis": "a photo of a printed {}, seen from another side",
+    "compositing": "a photo of a printed {} in another place", "try_on": "a photo of a printed {} in folds",
+}  # fmt: skip
 MASK_SHARE = (0.003, 0.05)
 NOWHERE = 2.0
 """A coordinate out of the picture: of points that the other view does not show."""
@@ -60,6 +64,7 @@ class Pair:
     flow             `[S, S, 2]`, truth -> reference, (x, y) in [-1, 1]; NOWHERE off the object and where hidden
     disparity        how far the map from view to view is from a plain change of scale at the mask: the norm of
                      its normalised Jacobian less the identity. A turn by 20 degrees in the plane alone gives 0.49
+    kind             what the product is, a noun
     """
 
     truth: Tensor
@@ -69,6 +74,7 @@ class Pair:
     correspondence: Tensor
     flow: Tensor
     disparity: float
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,7 @@ class PairSampler(SceneSampler):
             correspondence = (F.grid_sample(mask[None, None], reference.elsewhere[None], align_corners=False)[0, 0] > 0.5) * reference_mask
             if correspondence.sum() < 64 or not _worth_matching(truth.picture, truth.alpha > 0.5, mask > 0.5):
                 continue
-            return Pair(truth.picture, mask, reference.picture, reference_mask, correspondence, truth.elsewhere, disparity)
+            return Pair(truth.picture, mask, reference.picture, reference_mask, correspondence, truth.elsewhere, disparity, self.kind)
         return None
 
     def views(self) -> tuple[Sight, Sight]:
@@ -209,6 +215,10 @@ class PairSampler(SceneSampler):
 
 class SheetSampler(PairSampler):
     """Flat and gently bent goods, and cloth in folds (task "try_on") of which the reference is laid out flat."""
+
+    @property
+    def kind(self) -> str:
+        return "cloth" if self.task == "try_on" else "label"
 
     def views(self) -> tuple[Sight, Sight]:
         texture = self.bank.products[0].float() / 255
@@ -266,7 +276,8 @@ class SolidPairSampler(PairSampler, SolidSampler):
         return torch.tensor([[left, right, caps, caps, front, front]]).expand(count, 6)
 
     def views(self) -> tuple[Sight, Sight]:
-        parts = getattr(self, f"_{self.templates[int(torch.randint(len(self.templates), (), generator=self.generator))]}")(1)
+        self.kind = self.templates[int(torch.randint(len(self.templates), (), generator=self.generator))]
+        parts = getattr(self, f"_{self.kind}")(1)
         views = self._turned_views()
         windows = []
         for view, covered in zip(views, (self.uniform(0.35, 0.8, 1), self.uniform(0.5, 0.9, 1))):
@@ -405,8 +416,8 @@ def _write_item(folder: Path, index: int, *, seed: int, split: str, size: int, p
     known = (pair.mask > 0.5) & (pair.flow.abs() < 1).all(-1)
     flow = torch.where(known, (pair.flow.movedim(-1, 0) + 1) * size / 2, torch.nan)
     np.savez_compressed(folder / name / "flow.npz", flow=flow.numpy())
-    labels = {"subject": "procedural", "difficulty": difficulty, "artifact": artifact, "disparity": round(pair.disparity, 3), "weak": False}
-    return {"id": name, "task": task, **labels, **{key: f"{name}/{key}.png" for key in pictures}, "flow": f"{name}/flow.npz"}
+    labels = {"subject": pair.kind, "difficulty": difficulty, "artifact": artifact, "disparity": round(pair.disparity, 3), "weak": False}
+    return {"id": name, "task": task, **labels, "caption": CAPTIONS[task].format(pair.kind), **{key: f"{name}/{key}.png" for key in pictures}, "flow": f"{name}/flow.npz"}
 
 
 def _draw(index: int, seed: int, split: str, size: int, photos, light: float, task: str, difficulty: str, artifact: str) -> tuple[Pair, Tensor]:

@@ -11,6 +11,7 @@ from rba_core.bench.metrics import iou, masked_psnr
 from rba_core.bench.synthetic import HELD_OUT, MASK_SHARE, TASKS, PairSampler, Sheet, SheetSampler, SolidPairSampler, make_set
 from rba_core.data.artifacts import ARTIFACTS
 from rba_core.data.scenes import grid, rotation
+from rba_core.data.solids import SolidSampler
 from rba_core.errors import InputError
 
 
@@ -123,6 +124,11 @@ def test_a_set(small_set):
         inside = item.mask > 0.5
         assert torch.equal(item.image[:, ~inside], item.truth[:, ~inside])
         assert (item.image - item.truth)[:, inside].abs().mean() > 0.03
+
+
+def test_captions_say_what_it_is(small_set):
+    for item in BenchmarkSet(small_set):
+        assert item.labels["subject"] in (*SolidSampler.templates, "label", "cloth") and f"printed {item.labels['subject']}" in item.caption
 
 
 def test_tasks_artifacts_and_difficulties_take_turns(tmp_path, monkeypatch):
