@@ -10,8 +10,8 @@ from ..rba_core.dense_correspondence import place
 from ..rba_core.errors import InputError
 from ..rba_core.geometry import Box, resize, resize_mask
 from ..rba_core.overlay import draw_matches
-from ..rba_core.pipeline import Settings, believed, carried, check_mask, close_up, grow, register
-from ..rba_core.postprocessing import CleaningSettings, MatchedRegion, clean
+from ..rba_core.pipeline import Settings, believed, best_known, carried, check_mask, close_up, grow, register
+from ..rba_core.postprocessing import CleaningSettings, MatchedRegion
 from ..rba_core.reference_encoding import encode_reference
 from ..rba_core.zoom_crop import ZoomCrop
 from .api import io
@@ -202,19 +202,19 @@ class PostProcess(io.ComfyNode):
         settings = CleaningSettings(threshold, peak_support, flatness)
         regions, guides, boxes, close_ups, placements = [], [], [], [], []
         for raw, reference, rows, hole, box, before, placed in batch:
-            whole, region = encoded(reference), None
+            whole, found = encoded(reference), None
             if raw.shape != (whole.tokens, whole.tokens):
                 raise InputError("correspondence map", f"is {raw.shape[1]} x {raw.shape[0]}, not {whole.tokens} x {whole.tokens}", "connect the raw map of Align")
             if rows is not None:
                 check_mask("crop mask", hole, "crop", hole)
                 crop = ZoomCrop(hole.expand(3, -1, -1), (hole > 0.5).float(), box)  # of the picture nothing is asked
-                region = carried(crop.mask, place(rows, crop, whole.box), whole.mask)
-            if region is None and before is not None:
+                found = carried(crop.mask, place(rows, crop, whole.box), whole.mask)
+            if before is not None:
                 check_mask("matched region", before, "reference", whole.mask)
                 before = (before > 0.5).float()
-                region = MatchedRegion(before, Box.around(before), before, placed)
+                before = MatchedRegion(before, Box.around(before), before, placed)
             try:
-                region = region or clean(raw.cpu().float(), whole, settings)
+                region = best_known(found, before, raw.cpu().float(), whole, settings)
             except InputError:
                 if on_flat == "error":
                     raise
@@ -266,7 +266,7 @@ class Register(io.ComfyNode):
             reference=pictures(reference), reference_mask=object_mask, matched_region=masks(matched_region, reference, "matched region", "reference"),
             placement=placement or [None],
         )
-        settings = Settings(min_confidence=min_confidence)
+        settings = Settings(min_confidence=min_confidence, dense=placement is not None)
         laid, shown, regions, guides, confidences, drawn = [], [], [], [], [], []
         for cut, hole, box, whole, photo, thing, found, start in batch:
             thing, found, confidence, collage = (thing > 0.5).float(), (found > 0.5).float(), 0.0, None

@@ -46,10 +46,11 @@ class Collage:
     evidence: tuple[float, ...] = ()
 
 
-def lay_over(crop: ZoomCrop, reference: Tensor, reference_mask: Tensor, region: MatchedRegion, image: Tensor | None = None) -> Collage:
+def lay_over(crop: ZoomCrop, reference: Tensor, reference_mask: Tensor, region: MatchedRegion, image: Tensor | None = None, *, disagreed: bool = False) -> Collage:
     """Register the reference `[3, H, W]` to the crop, starting from M*, and from its placement where it has one.
 
-    image   `[3, h, w]`, the crop's own picture: the collage is then made at its full resolution, not the model's
+    image       `[3, h, w]`, the crop's own picture: the collage is then made at its full resolution, not the model's
+    disagreed   M* has no placement because the attention's cells agreed on none
     """
     height, width = reference.shape[-2:]
     target = crop.image if image is None else crop.box.crop(image)
@@ -61,7 +62,7 @@ def lay_over(crop: ZoomCrop, reference: Tensor, reference_mask: Tensor, region: 
         rows, columns = region.mask.nonzero(as_tuple=True)
         half_side = 0.5 * math.sqrt(len(rows) / max(float(crop.mask.mean()), 1e-4))  # of the crop, in reference pixels
         start = torch.tensor([[half_side, 0, columns.float().mean() + 0.5], [0, half_side, rows.float().mean() + 0.5]])
-    found = register(target, crop.mask, reference, reference_mask, start, region.placement, crop.box)
+    found = register(target, crop.mask, reference, reference_mask, start, region.placement, crop.box, disagreed=disagreed)
 
     layers, shrink = shrunk(reference, reference_mask, size / 2 / float(torch.linalg.det(found.warp[:, :2]).abs().sqrt().clamp(min=1e-3)))
     flow = warped(found.warp, grid(size))

@@ -37,6 +37,7 @@ class Placement:
                  mutual and there, 0 to 1; some hundredths where the right object is found
     attention    `[d², N²]`, what it was found in; square: what of the reference the N x N tokens cover
     weight       `[d²]`, how much each cell counted
+    published    `[H, W]` in {0, 1}, the reference's: Eq. 5's M*, should the map turn out wrong
     """
 
     affine: Tensor
@@ -45,6 +46,7 @@ class Placement:
     attention: Tensor
     square: Box
     weight: Tensor
+    published: Tensor | None = None
 
     def over(self, box: Box) -> Tensor:
         """The same map from another crop of the image, `[2, 3]`."""

@@ -25,7 +25,7 @@ from .zoom_crop import ZoomCrop, separate, zoom_crop
 MIN_AGREEMENT = 0.02
 """Of the cells, for their map to be believed; below, Eq. 5 decides."""
 DISPROVED = 0.01
-"""Below this confidence of the registration that map is held for wrong, too, and Eq. 5 decides: all as in the paper."""
+"""Below this confidence of the registration the map is held for wrong, too, and Eq. 5 decides: all as in the paper."""
 CLOSE_UP = 2.5
 """Side of the reference that the next level of the alignment sees, in longer sides of M*."""
 
@@ -178,9 +178,6 @@ def best_match(
             continue
         if region is not None and settings.register and settings.detail_transfer > 0:
             region, collage = register(crop, reference, whole.mask, region, image, settings)
-            if settings.dense and collage.confidence < min(DISPROVED, settings.min_confidence):
-                as_published = replace(settings, dense=False, on_flat="single-stage")
-                region = find_region(model, image, mask, crop, reference, whole, as_published, seed) or region
         matches.append(Match(index, region, collage))
     if not matches:
         raise flat
@@ -202,12 +199,28 @@ def find_region(
         attention = attend(model, crop, seen, layer=settings.layer, timestep=settings.timestep, noise_level=settings.noise_level, seed=seed)
         found = carried(crop.mask, place(attention, crop, seen.box), seen.mask) if settings.dense else None
         try:
-            region = found or region or clean(correspondence(attention, crop.mask), seen, settings.cleaning)
+            region = best_known(found, region, correspondence(attention, crop.mask), seen, settings.cleaning)
         except InputError:
             if settings.on_flat == "error":
                 raise
             return None
     return region
+
+
+def best_known(found: MatchedRegion | None, before: MatchedRegion | None, raw: Tensor, seen: EncodedReference, cleaning: CleaningSettings) -> MatchedRegion:
+    """M* of one level: `found` where the cells agree; else that of the level before; else Eq. 5's, cleaned from the raw map
+    `[N, N]`. Eq. 5's of the first level goes along with a placement. Raises `InputError` where the attention says nothing."""
+    if before is not None:
+        published = before.placement.published if before.placement else before.mask
+    else:
+        try:
+            before = clean(raw, seen, cleaning)
+            published = before.mask
+        except InputError:
+            if found is None:
+                raise
+            published = None
+    return before if found is None else replace(found, placement=replace(found.placement, published=published))
 
 
 def carried(mask: Tensor, placement: Placement | None, object_mask: Tensor) -> MatchedRegion | None:
@@ -227,11 +240,15 @@ def close_up(region: MatchedRegion, object_mask: Tensor) -> Tensor:
 def register(
     crop: ZoomCrop, reference: Tensor, object_mask: Tensor, region: MatchedRegion, image: Tensor, settings: Settings
 ) -> tuple[MatchedRegion, Collage]:
-    """The reference laid over the crop, and M* to the pixel; M* as it was where that is not to be believed."""
-    collage = lay_over(crop, reference, object_mask, region, image)
-    if believed(collage, settings) is None:
-        return region, collage
-    return MatchedRegion(collage.region, Box.around(collage.region), collage.region, region.placement), collage
+    """The reference laid over the crop, and M* to the pixel; where that is not to be believed M* as it was, and Eq. 5's where the
+    pixels disprove the map that it came from."""
+    collage = lay_over(crop, reference, object_mask, region, image, disagreed=settings.dense and region.placement is None)
+    mask = region.mask
+    if believed(collage, settings) is not None:
+        mask = collage.region
+    elif collage.confidence < DISPROVED and region.placement is not None and region.placement.published is not None:
+        mask = region.placement.published
+    return (region if mask is region.mask else MatchedRegion(mask, Box.around(mask), mask, region.placement)), collage
 
 
 def believed(collage: Collage | None, settings: Settings) -> Collage | None:

@@ -45,6 +45,8 @@ CALIBRATION = (6.1, 5.37, 1.14, 9.36, -4.13), -13.89
 """Log-odds that a registration is right: what each of `Registration.evidence` counts, and the constant. A logistic regression
 (`rba bench calibrate --limit 72`) over two sets of the validation split, seeds 5 and 7, the second with photos for textures and
 light 1.5; right references and ones made to fail, as they are and taken anew: other light, softer, grainier, bent."""
+UNKNOWN = 1.2
+"""For the attention's evidence where it was not asked."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,16 @@ class Registration:
     confidence: float
 
 
-def register(picture: Tensor, mask: Tensor, reference: Tensor, reference_mask: Tensor, start: Tensor, placement: Placement | None = None, box: Box | None = None) -> Registration:
+def register(
+    picture: Tensor, mask: Tensor, reference: Tensor, reference_mask: Tensor, start: Tensor, placement: Placement | None = None, box: Box | None = None, *, disagreed: bool = False
+) -> Registration:
     """Register a reference `[3, H, W]` to a square crop.
 
     picture     `[3, S, S]` in [0, 1], the crop
     mask        `[S', S']` in {0, 1}, M_a in it
     start       `[2, 3]`, (x, y) in [-1, 1] over the crop -> pixels of the reference, roughly
     placement   what attention saw, if it is to have a say; box: of the crop in the image
+    disagreed   there is none because its cells agreed on no place: evidence against
     """
     half_side = float(torch.linalg.det(start[:, :2]).abs().sqrt())
     looser = LOOSER if placement is None else 1.0
@@ -99,7 +104,7 @@ def register(picture: Tensor, mask: Tensor, reference: Tensor, reference_mask: T
     if picture.shape[-1] > FINE:
         warp, _ = view(min(FINEST, picture.shape[-1])).fit(warp, 2, 6, 0.07)
     local, agreement = seen.local_correlation(warp)
-    support = 0.0 if placement is None else float(attention_at(placement, box, warp)[0])
+    support = (0.0 if disagreed else UNKNOWN) if placement is None else float(attention_at(placement, box, warp)[0])
     evidence = correlation, float(local[0]), support, min(lead, 0.3), _mirrored_lead(view, warp[..., :3], start)
     weights, constant = CALIBRATION
     log_odds = constant + sum(weight * value for weight, value in zip(weights, evidence))

@@ -270,7 +270,7 @@ def test_the_confidence_decides_whether_the_collage_is_used(scene, monkeypatch, 
     found = torch.zeros(96, 130)
     found[30:50, 40:70] = 1
     collage = Collage(torch.rand(3, 64, 64), torch.ones(64, 64), found.roll(5, 1), confidence)
-    monkeypatch.setattr(pipeline, "lay_over", lambda *_: collage)
+    monkeypatch.setattr(pipeline, "lay_over", lambda *_, **__: collage)
     settings = Settings(min_confidence=0.25)
     settled, laid = pipeline.register(None, scene.reference, torch.ones(96, 130), MatchedRegion(found, Box.around(found), found), scene.image, settings)
     assert laid is collage and pipeline.believed(laid, settings) is (collage if believed else None)

@@ -163,3 +163,9 @@ def test_seen_through_and_warps_mean_the_same():
     cos, sin = math.cos(0.2) * 0.5 * 128, math.sin(0.2) * 0.5 * 128
     warp = torch.tensor([[cos, -sin, 90.0], [sin, cos, 80.0]])
     assert torch.allclose(view(warp), seen_through(REFERENCE, 128, 1.0, 0.2, (90.0, 80.0)), atol=1e-3)
+
+
+def test_attention_that_agreed_on_no_place_is_evidence_against():
+    unasked, disagreed = (register(damaged(BENT), hole(), REFERENCE, WHOLE, ASTRAY, disagreed=disagreed) for disagreed in (False, True))
+    assert disagreed.confidence < unasked.confidence and torch.equal(disagreed.warp, unasked.warp)
+    assert disagreed.evidence[2] == 0

@@ -113,13 +113,15 @@ def test_where_cells_do_not_agree_the_raw_map_decides(post_process):
 def test_where_cells_of_a_close_up_do_not_agree_the_region_stays(post_process, scene):
     found = torch.zeros(1, 81, 101)
     found[:, 20:40, 30:60] = 1
-    before = {"matched_region": found, "placement": ["the map found before"]}
+    map_before = Placement(torch.eye(2, 3), Box(0, 0, 64, 64), 0.1, agreeing(), Box(0, 0, 9, 9), torch.ones(64), published=found[0].roll(9, 1))
+    before = {"matched_region": found, "placement": [map_before]}
     flat, unsure = torch.full((1, 16, 16), 1 / 256), torch.full((64, 256), 1 / 256)
     region, _, box, near, placement = post_process(flat, attention=[unsure], **before)
-    assert torch.equal(region, found) and placement == ["the map found before"]
+    assert torch.equal(region, found) and placement == [map_before]
     assert box == {"x": 30, "y": 20, "width": 30, "height": 20} and near.sum() > found.sum()
     region, _, _, _, (placement,) = post_process(flat, attention=[agreeing()], **before)
     assert torch.equal(region, post_process(flat, attention=[agreeing()])[0]) and placement.agreement > 0.5
+    assert torch.equal(placement.published, map_before.published)  # Eq. 5's of the first level, should all of this turn out wrong
     with pytest.raises(ValueError, match="^matched region: is 64 x 64, its reference 101 x 81"):
         post_process(flat, matched_region=torch.ones(1, 64, 64))
 
@@ -175,7 +177,7 @@ def test_register_is_the_library_s(registered, same_product, nodes):
     image, reference, mask, found = (same_product[name][0] for name in ("image", "reference", "mask", "matched_region"))
     image, reference = (picture.movedim(-1, 0).contiguous() for picture in (image, reference))
     crop = zoom_crop(image, mask, 64, context=2.0)
-    region, expected = register(crop, reference, torch.ones(96, 130), MatchedRegion(found, Box.around(found), found), image, Settings())
+    region, expected = register(crop, reference, torch.ones(96, 130), MatchedRegion(found, Box.around(found), found), image, Settings(dense=False))
     collage, shown, matched, guide, confidence, matches = registered()
     assert collage.shape == (1, crop.box.height, crop.box.width, 3) and torch.equal(collage[0].movedim(-1, 0), expected.picture)
     assert torch.equal(shown[0], expected.valid) and torch.equal(matched[0], region.mask) and torch.equal(guide[0], grow(region, 0.12))

@@ -103,7 +103,7 @@ def test_step_by_step_is_the_same_where_it_is_registered(nodes, make_model, run_
     model = make_model(6, "v_prediction", collage=True) if reads_collage else make_model()
     loaded = comfy_stand_in.ModelPatcher(nodes.types.RefineByAlignModel(model), cpu, cpu)
     image, found, confidence = run_registered(model=loaded, steps=3)
-    stitched, region, same_confidence = refined(nodes, loaded, same_product, defaults, same_product["matched_region"], steps=3)
+    stitched, region, same_confidence = refined(nodes, loaded, same_product, defaults, same_product["matched_region"], [None], steps=3)
     assert confidence == same_confidence > 0.8
     assert torch.equal(found, region) and torch.equal(image, stitched)
     assert not torch.equal(region, same_product["matched_region"])
@@ -180,7 +180,9 @@ def test_settings_reach_the_library(nodes, run, monkeypatch):
         assert "seed" in change or torch.equal(same_region, region), change
     for change in ({"layer": 5}, {"timestep": 45}, {"noise_level": 0.05}, {"threshold": 0.9}, {"alignment_context": 1.5}):
         assert not torch.equal(run(**change, **paper, on_flat="single-stage")[1], region), change
-    monkeypatch.setattr(sys.modules[nodes.refinement.refine_by_align.__module__], "MIN_AGREEMENT", -1.0)
+    pipeline = sys.modules[nodes.refinement.refine_by_align.__module__]
+    monkeypatch.setattr(pipeline, "MIN_AGREEMENT", -1.0)
+    monkeypatch.setattr(pipeline, "DISPROVED", 0.0)
     once, twice = run(levels=1)[1], run()[1]
     assert not torch.equal(once, region) and not torch.equal(twice, once) and torch.equal(run(dense=False)[1], region)
 

@@ -87,7 +87,7 @@ def _crop(item: Item, model: RefineByAlign) -> ZoomCrop:
 
 def redrawn_from(item: Item, model: RefineByAlign, region: MatchedRegion, seed: int) -> Outcome:
     """The second stage of `refine_by_align` on a region from elsewhere; the mask as one artifact."""
-    settings, crop = Settings(), _crop(item, model)
+    settings, crop = Settings(dense=False), _crop(item, model)
     region, collage = register(crop, item.reference, item.object_mask, region, item.image, settings)
     guide = encode_reference(model, item.reference, grow(region, settings.region_margin) * item.object_mask)
     return Outcome(redraw(model, item.image, item.mask, crop, guide, believed(collage, settings), settings, seed), region, confidence=collage.confidence)
