@@ -326,9 +326,9 @@ def summary(runs: dict[str, list[Run]], steps: int, default_steps: int) -> dict:
     seconds     {work: {"median", "least", "most", "n"}}, and of each single pass of VAE and encoder
     inside      {work: {part: {"seconds", "passes"}}} of align and refine, with what is no network as "rest"
     ratio       alignment pass over U-Net forward
-    overhead    of refine over its denoising loop, as shares of that, each round on its own: "whole"; "networks", VAE and encoder; "own", what
-                remains; "rest", what is no network in refine itself, sampler included, as a share of its U-Net; "default", the whole
-                at the model's own number of steps: VAE and encoder spread over so many, the remainder for each
+    overhead    of refine: "whole", over its denoising loop as a share of that, the medians of the rounds; of it "networks", VAE and encoder,
+                and "own", what remains; within one call, so that it holds on a busy machine too, "rest": what is no network, sampler
+                included, as a share of its U-Net, and "default": that and VAE and encoder spread over the model's own number of steps
     peak_bytes  {work: the most memory allocated}, of a GPU
     """
     seconds = {work: [run.seconds for run in own] for work, own in runs.items()}
@@ -347,15 +347,14 @@ def summary(runs: dict[str, list[Run]], steps: int, default_steps: int) -> dict:
         "networks": [run.inside(*besides) / loop.seconds for run, loop in pairs],
         "own": [(run.seconds - run.inside(*besides)) / loop.seconds - 1 for run, loop in pairs],
         "rest": [(run.seconds - run.inside(*PARTS)) / run.inside("U-Net") for run, _ in pairs],
+        "default": [(run.seconds - run.inside(*PARTS) + run.inside(*besides) * steps / default_steps) / run.inside("U-Net") for run, _ in pairs],
     }
-    overhead = {name: statistics.median(values) for name, values in shares.items()}
-    overhead["default"] = overhead["networks"] * steps / default_steps + overhead["own"]
     ratios = [part.seconds / full.seconds for part, full in zip(runs["alignment pass"], runs["U-Net forward"])]
     return {
         "seconds": {work: {"median": statistics.median(own), "least": min(own), "most": max(own), "n": len(own)} for work, own in seconds.items() if own},
         "inside": inside,
         "ratio": statistics.median(ratios) if ratios else None,
-        "overhead": overhead,
+        "overhead": {name: statistics.median(values) for name, values in shares.items()},
         "peak_bytes": {work: max(run.peak_bytes for run in own) for work, own in runs.items() if own and own[0].peak_bytes is not None},
     }
 
@@ -426,7 +425,7 @@ def speed_table(results: dict) -> list[list[str]]:
             own = figures["seconds"].get(work)
             cells.append(f"{own['median']:.3g} ({own['least']:.3g} to {own['most']:.3g})" if own else "")
         cost = costs.get(work)
-        cells += [f"{cost['flops'] / 1e9:.4g}", f"{cost['weight_bytes'] / 1e6:.4g}"] if cost else ["", ""]
+        cells += [f"{cost['flops'] / 1e9:,.1f}", f"{cost['weight_bytes'] / 1e6:,.1f}"] if cost else ["", ""]
         if floors:
             cells.append(f"{cost['floor']:.3g}" if cost else "")
         if any(cells[: len(variants)]):
@@ -441,12 +440,12 @@ def speed_sentences(results: dict) -> list[str]:
     lines = []
     for name, figures in results["variants"].items():
         overhead, refined = figures["overhead"], figures["inside"]["refine"]
-        passes = ", ".join(f"{refined[part]['passes']} {part}{' passes' if part == 'encoder' else ''}" for part in PARTS if part != "U-Net" and refined[part]["passes"])
+        passes = ", ".join(f"{part} {own['passes']} times {own['seconds']:.3g} s in all" for part, own in refined.items() if part not in ("U-Net", "rest") and own["passes"])
         ratio = f"The alignment pass takes {figures['ratio']:.2f} of a U-Net forward (of its FLOPs {by_flops:.2f}). " if figures["ratio"] else ""
         lines.append(
-            f"**{name}**: {ratio}`refine` takes {overhead['whole']:.1%} more than its bare loop of {steps} step{'s' * (steps != 1)}; VAE and encoder ({passes}) are "
-            f"{overhead['networks']:.1%}, the remainder {overhead['own']:.1%}. What is no network in it, sampler included, is {overhead['rest']:.1%} of its U-Net."
-            + (f" At the model's {default} steps the whole comes to {overhead['default']:.1%}, computed from these." if default != steps else "")
+            f"**{name}**: {ratio}`refine` takes {overhead['whole']:.1%} more than its bare loop of {steps} step{'s' * (steps != 1)}: VAE and encoder ({passes}) "
+            f"{overhead['networks']:.1%}, the remainder {overhead['own']:.1%}. Within `refine`, what is no network, sampler included, is {overhead['rest']:.1%} of the U-Net."
+            + (f" Were VAE and encoder spread over the model's {default} steps, it would take {overhead['default']:.1%} more than its U-Net." if default != steps else "")
         )
         if figures["peak_bytes"]:
             lines[-1] += " GPU memory at most: " + ", ".join(f"{work} {figures['peak_bytes'][work] / 2**30:.2f} GiB" for work in ("align", "refine") if work in figures["peak_bytes"]) + "."
