@@ -23,7 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"rba: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("rba: cancelled, nothing was written", file=sys.stderr)
+        kept = "the same command goes on from here" if options.command is bench_run else "nothing was written"
+        print(f"rba: cancelled, {kept}", file=sys.stderr)
         return 130
     return 0
 

@@ -304,7 +304,7 @@ def test_wrong_usage_exits_with_2(options, capsys):
 
 
 def test_help_exits_with_0_for_every_command(capsys):
-    for command in ("refine", "align", "demo", "bench", "bench make", "bench run", "bench grid-search", "bench steps", "bench doubt", "bench study", "bench study-table", "report", "train"):
+    for command in ("refine", "align", "demo", "bench", "bench make", "bench run", "bench grid-search", "bench steps", "bench doubt", "bench calibrate", "bench speed", "bench study", "bench study-table", "report", "train"):
         with pytest.raises(SystemExit) as left:
             cli.main([*command.split(), "--help"])
         assert left.value.code == 0

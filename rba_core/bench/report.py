@@ -28,7 +28,7 @@ UNCERTAIN = ("masked_psnr", "masked_ssim", "hp_ssim", "detail_ncc", "iou")
 """Measures whose tables give a confidence interval."""
 LOOKED_AT = 40
 """Items of a run on an HTML page: those with the lowest hp-SSIM."""
-ON_A_SHEET = 24
+ON_A_SHEET = 12
 """Items on a run's contact sheet, those again."""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 88rem; padding: 0 1rem; color: #1b1b1f; background: #fff }
@@ -183,16 +183,17 @@ def differences_table(rows: Sequence[dict], methods: Sequence[str], ours: str = 
 
 def draw_means(rows: Sequence[dict], methods: Sequence[str], path: Path) -> None:
     """The UNCERTAIN measures of each method with their intervals, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("charts", "are drawn by matplotlib, which is not installed", 'pip install "refine-by-align[bench]"') from error
 
     shown = [name for name in UNCERTAIN if any(name in row for row in rows)]
     if not shown:
         return
-    figure_, axes = plt.subplots(1, len(shown), figsize=(2.6 * len(shown) + 1.2, 0.32 * len(methods) + 1), sharey=True, squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], shown):
+    chart = Figure(figsize=(2.6 * len(shown) + 1.2, 0.32 * len(methods) + 1), layout="constrained")
+    axes = chart.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axis, name in zip(axes, shown):
         for place, method in enumerate(methods):
             values = [row[name] for row in rows if row["method"] == method and name in row]
             if values:
@@ -203,10 +204,9 @@ def draw_means(rows: Sequence[dict], methods: Sequence[str], path: Path) -> None
         axis.set_title(HEADINGS[name], fontsize=10)
         axis.grid(axis="x", alpha=0.3)
         axis.tick_params(labelsize=9)
-    axes[0][0].set_yticks(range(len(methods)), methods)
-    axes[0][0].invert_yaxis()
-    figure_.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure_)
+    axes[0].set_yticks(range(len(methods)), methods)
+    axes[0].invert_yaxis()
+    chart.savefig(path, dpi=110)
 
 
 def worst_first(rows: Sequence[dict], methods: Sequence[str]) -> list[dict[str, dict]]:
@@ -227,7 +227,7 @@ def contact_sheet_of(results: dict, source: Path) -> None:
     """Write the items with the worst results as a picture beside their results file, from the tiles that lie there."""
     folders, methods = kept_tiles(source), list(results["methods"])
     chosen = worst_first(results["items"], methods)[:ON_A_SHEET]
-    write_picture(source.with_suffix(".jpg"), contact_sheet([(folders[next(iter(own.values()))["id"]], caption(own)) for own in chosen], methods), quality=88)
+    write_picture(source.with_suffix(".jpg"), contact_sheet([(folders[next(iter(own.values()))["id"]], caption(own)) for own in chosen], methods), quality=82)
 
 
 class Markdown:

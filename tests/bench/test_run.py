@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from rba_core import cli
 from rba_core.bench import run as bench
 from rba_core.bench.dataset import BenchmarkSet
 from rba_core.bench.methods import METHODS, Outcome
@@ -218,3 +221,36 @@ def test_the_interval_of_a_mean():
     mean, error = sum(values) / 400, 1.96 / 20
     assert low == pytest.approx(mean - error, abs=0.02) and high == pytest.approx(mean + error, abs=0.02)
     assert bench.interval([0.5, 0.5]) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        (["{set}", "{set}"], "sets: have one name twice"),
+        (["{set}", "--methods", "magic"], "'magic' is not known"),
+        (["{set}", "--weights", "dift"], "weights: are given as 'dift'; write NAME=PATH"),
+        (["{set}", "-o", "{set}/index.jsonl"], "out: .*index.jsonl is a file"),
+    ],
+)
+def test_what_the_command_refuses(small_set, tmp_path, monkeypatch, capsys, options, problem):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "run", *(option.format(set=small_set) for option in options)]) == 2
+    assert re.search(problem, capsys.readouterr().err)
+
+
+def test_a_cancelled_run_says_that_it_can_go_on(small_set, tmp_path, monkeypatch, capsys):
+    def cancelled(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run", cancelled)
+    assert cli.main(["bench", "run", str(small_set), "-o", str(tmp_path)]) == 130
+    assert "cancelled, the same command goes on from here" in capsys.readouterr().err
+
+
+def test_sets_are_made_with_photos_and_light(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("rba_core.bench.synthetic.make_set", lambda folder, n, seed, split, size, photos, light, workers: seen.update(photos=photos, light=light))
+    Image.new("RGB", (600, 500), "red").save(tmp_path / "photo.png")
+    assert cli.main(["bench", "make", str(tmp_path / "set"), "--photos", str(tmp_path), "--light", "1.5"]) == 0
+    assert seen["light"] == 1.5 and len(seen["photos"]) == 1 and seen["photos"][0].shape[2] == 3
+    assert cli.main(["bench", "make", str(tmp_path / "set")]) == 0 and seen == {"photos": (), "light": 1.0}
