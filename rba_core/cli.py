@@ -135,7 +135,7 @@ def bench_run(options) -> None:
     for name, reason in unavailable.items():
         print(f"{name}: not available: {reason}", file=sys.stderr)
     for given, name in zip(options.sets, names):
-        with _bar(f"bench {name}", "item") as progress:
+        with _bar(f"bench {name}", "item", shown=share.rank == 0) as progress:
             results = run(given, methods, model, folder / name, judges, weights, limit=options.limit, seed=options.seed, share=share, progress=progress)
         if results is None:
             continue
@@ -364,11 +364,11 @@ def _write_results(path: str | Path, results: dict, options) -> None:
 class _bar:
     """A progress bar for the pipeline's `progress`, shown once two seconds have passed."""
 
-    def __init__(self, label: str, unit: str = "step"):
-        self.label, self.unit = label, unit
+    def __init__(self, label: str, unit: str = "step", shown: bool = True):
+        self.label, self.unit, self.shown = label, unit, shown
 
     def __enter__(self):
-        self.bar = tqdm(desc=self.label, unit=self.unit, delay=2)
+        self.bar = tqdm(desc=self.label, unit=self.unit, delay=2, disable=not self.shown)
 
         def progress(done: int, total: int) -> None:
             self.bar.total = total
