@@ -254,15 +254,17 @@ class Clock:
         self.gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
     def synchronize(self) -> None:
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
+        if self.gpu is not None:
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     def mark(self):
         if self.gpu is None:
             self.synchronize()
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def between(self, start, end) -> float:
@@ -440,15 +442,15 @@ def speed_sentences(results: dict) -> list[str]:
     lines = []
     for name, figures in results["variants"].items():
         overhead, refined = figures["overhead"], figures["inside"]["refine"]
-        passes = ", ".join(f"{part} {own['passes']} times {own['seconds']:.3g} s in all" for part, own in refined.items() if part not in ("U-Net", "rest") and own["passes"])
+        passes = ", ".join(f"{own['passes']} {part} {own['seconds']:.3g} s" for part, own in refined.items() if part not in ("U-Net", "rest") and own["passes"])
         ratio = f"The alignment pass takes {figures['ratio']:.2f} of a U-Net forward (of its FLOPs {by_flops:.2f}). " if figures["ratio"] else ""
         lines.append(
             f"**{name}**: {ratio}`refine` takes {overhead['whole']:.1%} more than its bare loop of {steps} step{'s' * (steps != 1)}: VAE and encoder ({passes}) "
             f"{overhead['networks']:.1%}, the remainder {overhead['own']:.1%}. Within `refine`, what is no network, sampler included, is {overhead['rest']:.1%} of the U-Net."
             + (f" Were VAE and encoder spread over the model's {default} steps, it would take {overhead['default']:.1%} more than its U-Net." if default != steps else "")
         )
-        if figures["peak_bytes"]:
-            lines[-1] += " GPU memory at most: " + ", ".join(f"{work} {figures['peak_bytes'][work] / 2**30:.2f} GiB" for work in ("align", "refine") if work in figures["peak_bytes"]) + "."
+        if peaks := [f"{work} {figures['peak_bytes'][work] / 2**30:.2f} GiB" for work in ("align", "refine") if work in figures["peak_bytes"]]:
+            lines[-1] += f" GPU memory at most: {', '.join(peaks)}."
     if results["peak_process_bytes"]:
         lines.append(f"Main memory of the process at most {results['peak_process_bytes'] / 2**30:.2f} GiB (ru_maxrss: libraries, the shipped model and, on a CPU, all weights).")
     return lines

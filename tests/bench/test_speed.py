@@ -69,7 +69,10 @@ def test_what_is_measured(small, tiny):
 
 
 def test_passes_and_their_seconds_add_up(small, tiny):
-    passes = {name: {work: {part: own["passes"] for part, own in parts.items() if "passes" in own} for work, parts in results["variants"]["eager"]["inside"].items()} for name, results in (("small", small), ("tiny", tiny))}
+    passes = {
+        name: {work: {part: own["passes"] for part, own in parts.items() if part != "rest"} for work, parts in results["variants"]["eager"]["inside"].items()}
+        for name, results in (("small", small), ("tiny", tiny))
+    }
     assert passes["small"]["align"] == {"U-Net": 2, "VAE encode": 4, "VAE decode": 0, "encoder": 1}
     assert passes["small"]["refine"] == {"U-Net": 3, "VAE encode": 2, "VAE decode": 1, "encoder": 0}
     assert passes["tiny"]["align"] == {"U-Net": 2, "VAE encode": 6, "VAE decode": 0, "encoder": 3}
