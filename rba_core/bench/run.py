@@ -18,7 +18,6 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from scipy import stats
 
 from .. import __version__
 from ..errors import InputError
@@ -29,6 +28,7 @@ from .dataset import BenchmarkSet, Item
 from .judges import FIGURES, Judge
 from .methods import NEED_MODEL, Method, Outcome
 from .sheet import save_tiles
+from .speed import cpu_name
 
 PIXEL_METRICS = ("masked_psnr", "masked_ssim", "hp_ssim", "detail_ncc")
 MEASURES = (*PIXEL_METRICS, *FIGURES, "iou", "box_iou", "soft_iou", "token_bound_iou", "end_point_error", "confidence", "outside_changed_pixels", "fell_back", "seconds")
@@ -143,7 +143,8 @@ def hashes(items: BenchmarkSet, model: RefineByAlign | None) -> dict[str, str]:
 
 def surroundings() -> dict[str, str]:
     """What a timing, and perhaps a last digit, depends on."""
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()} ({threads} thread{'s' * (threads > 1)})"
     return {
         "machine": machine, "system": platform.system(), "python": platform.python_version(), "refine-by-align": __version__, "torch": torch.__version__,
         "diffusers": diffusers.__version__, "transformers": transformers.__version__,
@@ -199,10 +200,9 @@ def by_method(methods: Iterable[str], rows: Sequence[dict]) -> dict[str, dict[st
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """95% confidence interval of the mean: percentile bootstrap (Efron 1979), the same each time."""
     values = np.asarray(values, dtype=float)
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
-    found = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    return float(found.low), float(found.high)
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def format_table(report: dict) -> str:

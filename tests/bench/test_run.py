@@ -233,7 +233,7 @@ def test_the_interval_of_a_mean():
     low, high = bench.interval(values)
     mean, error = sum(values) / 400, 1.96 / 20
     assert low == pytest.approx(mean - error, abs=0.02) and high == pytest.approx(mean + error, abs=0.02)
-    assert bench.interval([0.5, 0.5]) == (0.5, 0.5)
+    assert bench.interval([0.5, 0.5]) == (0.5, 0.5) and bench.interval(values) == (low, high)
 
 
 @pytest.mark.parametrize(
