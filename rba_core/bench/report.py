@@ -30,6 +30,8 @@ LOOKED_AT = 40
 """Items of a run on an HTML page: those with the lowest hp-SSIM."""
 ON_A_SHEET = 12
 """Items on a run's contact sheet, those again."""
+COMPARED = ("none", "telea", "sift-warp", "paper", "detail")
+"""Methods on it, where the run has more; the HTML page shows all."""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 88rem; padding: 0 1rem; color: #1b1b1f; background: #fff }
 h1, h2, h3 { line-height: 1.2; margin: 2.2em 0 .6em } h1 { margin-top: 0 }
@@ -226,8 +228,10 @@ def kept_tiles(source: Path) -> dict[str, Path]:
 def contact_sheet_of(results: dict, source: Path) -> None:
     """Write the items with the worst results as a picture beside their results file, from the tiles that lie there."""
     folders, methods = kept_tiles(source), list(results["methods"])
-    chosen = worst_first(results["items"], methods)[:ON_A_SHEET]
-    write_picture(source.with_suffix(".jpg"), contact_sheet([(folders[next(iter(own.values()))["id"]], caption(own)) for own in chosen], methods), quality=82)
+    shown = [name for name in methods if name in COMPARED] if "detail" in methods else methods[-len(COMPARED) :]
+    chosen = worst_first([row for row in results["items"] if row["method"] in shown], shown)[:ON_A_SHEET]
+    rows = [(folders[next(iter(own.values()))["id"]], caption(own)) for own in chosen]
+    write_picture(source.with_suffix(".jpg"), contact_sheet(rows, shown), quality=82)
 
 
 class Markdown:
