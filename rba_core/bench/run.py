@@ -106,7 +106,7 @@ def run(
     warm = False
     for number, position in enumerate(mine, 1):
         kept = _kept(folder, position)
-        missing = {name: method for name, method in methods.items() if name not in kept["judged"] or not judges.keys() <= set(kept["judged"][name])}
+        missing = {name: method for name, method in methods.items() if name not in kept["judged"] or not judges.keys() <= kept["judged"][name].keys()}
         if missing:
             if not warm and (needy := [name for name in missing if name in NEED_MODEL]):
                 with suppress(Exception):  # what is wrong with this item is found when it is measured
@@ -118,7 +118,7 @@ def run(
     share.wait()
     if share.rank:
         return None
-    found = summary(items.folder.resolve().name, list(methods), [_kept(folder, position) for position in range(count)])
+    found = summary(items.folder.resolve().name, list(methods), [_kept(folder, position) for position in range(count)], judges)
     return found | {"made": made | surroundings(), "judges": {name: judge.about for name, judge in judges.items()}}
 
 
@@ -173,11 +173,14 @@ def measure(item: Item, outcome: Outcome) -> dict:
     return figures
 
 
-def summary(name: str, methods: Sequence[str], kept: Iterable[dict]) -> dict:
-    """What `run` returns, from what it kept of each item."""
+def summary(name: str, methods: Sequence[str], kept: Iterable[dict], judges: Iterable[str] = ()) -> dict:
+    """What `run` returns, from what it kept of each item; of the judges those that saw all."""
     rows, failed = [], []
     for item in kept:
-        rows += [{"id": item["id"], "method": method, **item["figures"][method], **item["labels"]} for method in methods if method in item["figures"]]
+        for method in methods:
+            if method in item["figures"]:
+                judged = {key: value for judge in judges for key, value in item["judged"][method][judge].items()}
+                rows.append({"id": item["id"], "method": method, **item["figures"][method], **judged, **item["labels"]})
         failed += [{"id": item["id"], "method": method, "problem": item["failed"][method]} for method in methods if method in item["failed"]]
     groups = {}
     for label in GROUPS:
@@ -280,14 +283,17 @@ def _measure_item(
                 started = time.perf_counter()
                 outcomes[name] = method(item, model, seed)
                 seconds = round(time.perf_counter() - started, 3)
-                figures = measure(item, outcomes[name])
-                for judge in judges.values():
-                    figures |= judge(item, outcomes[name])
+                figures = _rounded(measure(item, outcomes[name]))
+                judged = {judge: _rounded(ask(item, outcomes[name])) for judge, ask in judges.items()}
             except Exception as error:  # whatever it is, a thousand other items are not to be lost for it
                 kept["failed"][name] = f"{type(error).__name__}: {error}"
+                kept["figures"].pop(name, None), kept["judged"].pop(name, None)
                 continue
-            rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in figures.items()}
-            kept["figures"][name] = kept["figures"].get(name, {}) | rounded | {"seconds": seconds}
-            kept["judged"][name] = sorted({*kept["judged"].get(name, ()), *judges})
+            kept["figures"][name] = figures | {"seconds": seconds}
+            kept["judged"][name] = kept["judged"].get(name, {}) | judged
         save_tiles(folder / f"{position:06d}", item, outcomes)
     write_json(folder / f"{position:06d}.json", kept)
+
+
+def _rounded(figures: dict) -> dict:
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in figures.items()}

@@ -15,7 +15,7 @@ MEANS = dict.fromkeys((*PIXEL_METRICS, "seconds"), 0.5)
 
 
 def kept(id: str, **figures: dict) -> dict:
-    return {"id": id, "labels": {"task": "try_on" if id == "a" else "compositing"}, "figures": {name: MEANS | own for name, own in figures.items()}, "failed": {}}
+    return {"id": id, "labels": {"task": "try_on" if id == "a" else "compositing"}, "figures": {name: MEANS | own for name, own in figures.items()}, "judged": {}, "failed": {}}
 
 
 @pytest.fixture
