@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import stat
@@ -101,7 +102,7 @@ def test_the_widened_unet_predicts_what_the_narrow_one_did(imported, small):
 
 
 def test_the_model_runs_and_has_the_configs_settings(imported, small, scene):
-    _, model = imported
+    model = copy.deepcopy(imported[1])
     assert model.config.scheduler == "unipc" and model.scheduler.config.timestep_spacing == "leading"
     assert len(cross_attentions(model.unet)) == 16 and model.encoder_size == 224
     with torch.no_grad():
