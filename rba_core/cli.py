@@ -1,4 +1,4 @@
-"""`rba`: refine, align, demo, bench, report, train."""
+"""`rba`: refine, align, demo, bench, report, train, convert."""
 
 from __future__ import annotations
 
@@ -299,6 +299,22 @@ def _folder(given: str) -> Path:
     return folder
 
 
+def convert_sd15(options) -> None:
+    from .conversion import import_sd15
+
+    aside = import_sd15(options.checkpoint, options.folder, options.dinov2, mlp=options.mlp, seed=options.seed)
+    told = ", ".join(f"{count} {name}" for name, count in aside.items())
+    print(f"{options.folder}  (left aside: {told or 'nothing'})")
+
+
+def convert_to_ldm(options) -> None:
+    from .conversion import export_ldm
+    from .model import RefineByAlign
+
+    for path in export_ldm(RefineByAlign.load(options.model), options.file):
+        print(path)
+
+
 def _inputs(options) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
     pictures = [read_image(path, "reference") for path in options.reference]
     masks = [read_mask(path, "reference mask") for path in options.reference_mask or ()]
@@ -520,6 +536,21 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--legs", help="comma-separated: encoder,autoencoder,refiner (default: the plan's)")
     command.add_argument("--steps", type=int, metavar="N", help="of each leg, instead of the plan's")
     command.set_defaults(command=train)
+
+    converts = commands.add_parser("convert", help="make a model folder of Stable Diffusion 1.5 and DINOv2, or the way back").add_subparsers(required=True, metavar="WHAT")
+
+    command = converts.add_parser("sd15", help="the start of training, from Stable Diffusion 1.5 or its inpainting version")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a .safetensors or .ckpt file, or a folder in the layout of diffusers")
+    command.add_argument("folder", metavar="DIR", help="the model folder, new")
+    command.add_argument("--dinov2", required=True, metavar="SOURCE", help="a folder of transformers, or a file of it, of ComfyUI's CLIP_VISION or of the original repository (.pth)")
+    command.add_argument("--mlp", metavar="FILE", help="the .mlp.safetensors that to-ldm wrote (default: an untrained MLP)")
+    command.add_argument("--seed", type=int, default=0, help="of the untrained MLP (default: %(default)s)")
+    command.set_defaults(command=convert_sd15)
+
+    command = converts.add_parser("to-ldm", help="U-Net and autoencoder as ComfyUI loads a checkpoint; DINOv2 and MLP beside it")
+    command.add_argument("model", metavar="MODEL", help="a model folder of the config sd1x")
+    command.add_argument("file", metavar="FILE", help=".safetensors; FILE.dinov2.safetensors and FILE.mlp.safetensors are written too")
+    command.set_defaults(command=convert_to_ldm)
     return top
 
 

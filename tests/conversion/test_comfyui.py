@@ -1,0 +1,133 @@
+"""What is exported, in a real ComfyUI: its detection and its networks, run in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import checkpoints
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_comfyui_end_to_end import find_comfyui, find_python
+
+from rba_core.conversion import export_ldm, import_sd15
+from rba_core.model import RefineByAlign, read_config
+
+START = """
+import json, sys
+import torch
+from safetensors.torch import load_file, save_file
+folder, sys.argv = sys.argv[1], ["main.py", "--cpu"]
+import comfy.options
+comfy.options.enable_args_parsing()
+import comfy.model_detection, comfy.ops, comfy.sd, comfy.utils
+"""
+
+
+@pytest.fixture(scope="module")
+def in_comfyui():
+    """`in_comfyui(script, folder)` runs a script in ComfyUI's own Python; the script knows the folder as `folder`."""
+    comfyui = find_comfyui()
+    if comfyui is None:
+        pytest.skip("no ComfyUI here: set COMFYUI_PATH")
+
+    def run(script: str, folder: Path) -> str:
+        done = subprocess.run([find_python(comfyui), "-c", START + script, str(folder)], cwd=comfyui, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A narrow model, random in every weight, and the folder that it was exported to."""
+    folder, parts = tmp_path_factory.mktemp("exported"), read_config("sd1x")
+    widths = [checkpoints.SMALL["width"] * multiple for multiple in checkpoints.SMALL["multiples"]]
+    parts |= {
+        "model": parts["model"] | {"image_size": 64},
+        "unet": parts["unet"] | {"block_out_channels": widths, "cross_attention_dim": checkpoints.SMALL["context"]},
+        "vae": parts["vae"] | {"block_out_channels": widths},
+    }
+    save_file(checkpoints.randomly(checkpoints.ldm_unet(9, **checkpoints.SMALL) | checkpoints.ldm_vae(32, checkpoints.SMALL["multiples"])), folder / "sd.safetensors")
+    torch.save(checkpoints.randomly(checkpoints.dinov2(128, 3, True)), folder / "dinov2.pth")
+    import_sd15(folder / "sd.safetensors", folder / "model", folder / "dinov2.pth", config=parts)
+    model = RefineByAlign.load(folder / "model")
+    export_ldm(model, folder / "out.safetensors")
+    return model, folder
+
+
+@torch.no_grad()
+def test_comfyuis_networks_give_the_same_outputs(exported, in_comfyui):
+    model, folder = exported
+    generator = torch.Generator().manual_seed(4)
+    given = {
+        "sample": torch.randn(2, 9, 8, 8, generator=generator), "context": torch.randn(2, 256, 64, generator=generator), "timesteps": torch.tensor([981.0, 37.0]),
+        "pictures": torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1, "latents": torch.randn(1, 4, 8, 8, generator=generator),
+        "native": torch.randn(1, 3, 518, 518, generator=generator), "at_224": torch.randn(1, 3, 224, 224, generator=generator),
+    }  # fmt: skip
+    save_file(given, folder / "given.safetensors")
+    in_comfyui("""
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.models.autoencoder import AutoencoderKL
+from comfy.image_encoders.dino2 import Dinov2Model
+operations = comfy.ops.disable_weight_init
+given, state = load_file(f"{folder}/given.safetensors"), load_file(f"{folder}/out.safetensors")
+
+prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
+config = comfy.model_detection.detect_unet_config(state, prefix)
+unet = UNetModel(**config, num_heads=8, num_head_channels=-1, operations=operations).eval()
+unet.load_state_dict({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}, strict=True)
+
+sizes = dict(double_z=True, z_channels=4, resolution=64, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 2, 2, 2], num_res_blocks=2, attn_resolutions=[], dropout=0.0)
+vae = AutoencoderKL(ddconfig=sizes, embed_dim=4).eval()
+vae.load_state_dict({key.removeprefix("first_stage_model."): value for key, value in state.items() if key.startswith("first_stage_model.")}, strict=True)
+
+settings = dict(num_hidden_layers=3, hidden_size=128, num_attention_heads=2, layer_norm_eps=1e-6, use_swiglu_ffn=True)
+encoder = Dinov2Model(settings, torch.float32, "cpu", operations).eval()
+encoder.load_state_dict(load_file(f"{folder}/out.dinov2.safetensors"), strict=True)
+
+with torch.no_grad():
+    found = {
+        "noise": unet(given["sample"], given["timesteps"], context=given["context"]),
+        "moments": vae.quant_conv(vae.encoder(given["pictures"])),
+        "decoded": vae.decode(given["latents"]),
+        "native": encoder(given["native"])[0],
+        "at_224": encoder(given["at_224"])[0],
+    }
+save_file({key: value.contiguous() for key, value in found.items()}, f"{folder}/found.safetensors")
+""", folder)  # fmt: skip
+    found = load_file(folder / "found.safetensors")
+    expected = {
+        "noise": model.unet(given["sample"], given["timesteps"], given["context"]).sample,
+        "moments": model.vae.encode(given["pictures"]).latent_dist.parameters,
+        "decoded": model.vae.decode(given["latents"]).sample,
+        "native": model.encoder(given["native"]).last_hidden_state,
+    }
+    for name, value in expected.items():
+        difference = (found[name] - value).abs().max()
+        assert found[name].shape == value.shape and value.std() > 0.05
+        assert difference < 1e-3, (name, difference)
+    # at 224 pixels ComfyUI resamples the positions as the original repository does
+    original = checkpoints.dinov2_tokens(torch.load(folder / "dinov2.pth", weights_only=True), given["at_224"])
+    assert (found["at_224"] - original).abs().max() < 1e-3
+
+
+def test_comfyui_detects_stable_diffusion_inpainting_at_full_size(in_comfyui, tmp_path):
+    """By names and shapes; no weight is made. Any number of channels above four counts as inpainting, but it feeds nine."""
+    shapes = {channels: checkpoints.ldm_unet(channels, **checkpoints.SD15) | checkpoints.ldm_vae() for channels in (4, 9, 14)}
+    told = in_comfyui(f"""
+for channels, shapes in {shapes!r}.items():
+    state = {{key: torch.empty(shape, device="meta") for key, shape in shapes.items()}}
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
+    config = comfy.model_detection.model_config_from_unet(state, prefix)
+    config.set_inference_dtype(torch.float32, None)
+    with torch.device("meta"):
+        model = config.get_model(state, prefix, device="meta")
+    unet = {{prefix + key: tuple(value.shape) for key, value in model.diffusion_model.state_dict().items()}}
+    assert unet == {{key: tuple(value.shape) for key, value in state.items() if key.startswith(prefix)}}
+    print("told", channels, type(config).__name__, config.inpaint_model(), *model.concat_keys)
+""", tmp_path)  # fmt: skip
+    lines = [line for line in told.splitlines() if line.startswith("told")]
+    assert lines == ["told 4 SD15 False", "told 9 SD15 True mask masked_image", "told 14 SD15 True mask masked_image"]

@@ -1,0 +1,120 @@
+import json
+
+import checkpoints
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Dinov2Config, Dinov2Model
+
+from rba_core.conversion.dinov2 import layout, read_dinov2
+from rba_core.errors import InputError
+
+SIZES = {"small": (384, 12, False), "base": (768, 12, False), "large": (1024, 24, False), "giant": (1536, 40, True)}
+
+
+@pytest.fixture(params=[False, True], ids=["mlp", "swiglu"])
+def original(request) -> dict:
+    return checkpoints.randomly(checkpoints.dinov2(128, 3, request.param, positions=5))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_layout_is_the_original_repositorys_at_every_published_size(size):
+    width, depth, swiglu = SIZES[size]
+    config = Dinov2Config(hidden_size=width, num_hidden_layers=depth, num_attention_heads=width // 64, use_swiglu_ffn=swiglu, image_size=518)
+    entries, published = [*layout(config)], checkpoints.dinov2(width, depth, swiglu)
+    stacked = {theirs: (3 * shape[0], *shape[1:]) if third is not None else shape for _, theirs, third, shape in entries}
+    assert stacked == published
+    assert len(published) == 7 + 14 * depth
+    with torch.device("meta"):
+        model = Dinov2Model(config)
+    assert sum(torch.Size(shape).numel() for *_, shape in entries) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_original_layout_gives_the_originals_tokens(original, tmp_path):
+    torch.save(original, tmp_path / "dinov2_pretrain.pth")
+    model = read_dinov2(tmp_path / "dinov2_pretrain.pth")
+    assert not model.training and model.dtype == torch.float32
+    pictures = torch.randn(2, 3, 70, 70, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, found = checkpoints.dinov2_tokens(original, pictures), model(pictures).last_hidden_state
+    assert found.shape == (2, 26, 128)
+    assert (found - expected).abs().max() < 1e-4 < 0.1 * expected.std()
+
+
+def test_at_224_pixels_the_tokens_differ_only_by_how_positions_are_resampled(tmp_path):
+    """transformers resamples to 16 x 16, the original by a factor to 16.1: the same values a hair apart."""
+    shapes = checkpoints.dinov2(64, 2)
+    state = checkpoints.randomly(shapes)
+    grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, 37)] * 2, indexing="ij"), -1).reshape(-1, 2)
+    state["pos_embed"][:, 1:] = torch.sin(3 * grid @ torch.randn(2, 64, generator=torch.Generator().manual_seed(2)))  # smooth, as learned ones are
+    torch.save(state, tmp_path / "dinov2.pth")
+    pictures = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(3))
+    positions = state["pos_embed"][:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2)
+    resampled = torch.nn.functional.interpolate(positions, (16, 16), mode="bicubic").flatten(2).mT
+    same_positions = state | {"pos_embed": torch.cat([state["pos_embed"][:, :1], resampled], 1)}
+    with torch.no_grad():
+        found = read_dinov2(tmp_path / "dinov2.pth")(pictures).last_hidden_state
+        assert found.shape == (1, 257, 64)
+        assert (checkpoints.dinov2_tokens(same_positions, pictures) - found).abs().max() < 1e-4
+        similarity = torch.cosine_similarity(checkpoints.dinov2_tokens(state, pictures), found, dim=-1)
+    assert 0.999 < similarity.min() < 1 - 1e-6
+
+
+def test_every_layout_gives_the_same_model(original, tmp_path):
+    torch.save(original, tmp_path / "a.pth")
+    first = read_dinov2(tmp_path / "a.pth")
+    first.save_pretrained(tmp_path / "hub")
+    hub = load_file(tmp_path / "hub" / "model.safetensors")
+    assert {ours: tuple(value.shape) for ours, value in hub.items()} == {ours: shape for ours, _, _, shape in layout(first.config)}
+    save_file(hub | {"naf.x": torch.zeros(1)}, tmp_path / "clip_vision.safetensors")
+    save_file({key: value.contiguous() for key, value in original.items()}, tmp_path / "original.safetensors")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "config.json").write_text((tmp_path / "hub" / "config.json").read_text())
+    for number, keys in enumerate([[*hub][:9], [*hub][9:]]):
+        save_file({key: hub[key] for key in keys}, tmp_path / "shards" / f"model-{number}.safetensors")
+    for source in ("hub", "shards", "clip_vision.safetensors", "original.safetensors", "hub/model.safetensors"):
+        model = read_dinov2(tmp_path / source)
+        assert model.state_dict().keys() == first.state_dict().keys()
+        assert all(torch.equal(value, first.state_dict()[key]) for key, value in model.state_dict().items()), source
+        assert all(getattr(model.config, key) == getattr(first.config, key) for key in ("num_attention_heads", "image_size", "use_swiglu_ffn", "layer_norm_eps"))
+
+
+def test_what_is_wrong_with_a_file_is_named(original, tmp_path):
+    def refused(state: dict, name: str = "dinov2.pth") -> str:
+        torch.save(state, tmp_path / name)
+        with pytest.raises(InputError) as caught:
+            read_dinov2(tmp_path / name)
+        assert caught.value.name == "dinov2"
+        return caught.value.problem
+
+    missing = {key: value for key, value in original.items() if key != "blocks.1.ls2.gamma"}
+    assert refused(missing) == "in dinov2.pth blocks.1.ls2.gamma is missing"
+    assert "blocks.1.ls2.gamma is missing, and 1 more such" in refused(missing | {"blocks.1.ls2.scale": original["blocks.1.ls2.gamma"]})
+    assert "blocks.0.attn.qkv.weight is 128x128, not 384x128" in refused(original | {"blocks.0.attn.qkv.weight": torch.zeros(128, 128)})
+    assert "head.weight is of no known use" in refused(original | {"head.weight": torch.zeros(2)})
+    assert "has register tokens" in refused(original | {"register_tokens": torch.zeros(1, 4, 128)})
+    assert "pos_embed is missing" in refused({f"teacher.{key}" if key == "pos_embed" else key: value for key, value in original.items()})
+    assert "holds more than weights" in refused({"model": Dinov2Config()})
+    with pytest.raises(InputError, match="cannot be read"):
+        read_dinov2(tmp_path / "none.safetensors")
+
+
+def test_registers_in_transformers_layout_are_refused_too(tmp_path):
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    config = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14)
+    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**config)).save_pretrained(tmp_path / "registers")
+    with pytest.raises(InputError, match="has register tokens"):
+        read_dinov2(tmp_path / "registers")
+
+
+def test_a_folders_config_must_fit_its_weights(original, tmp_path):
+    torch.save(original, tmp_path / "a.pth")
+    read_dinov2(tmp_path / "a.pth").save_pretrained(tmp_path / "hub")
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    with pytest.raises(InputError, match=r"encoder\.layer\.3\.attention\.attention\.query\.weight is missing"):
+        read_dinov2(tmp_path / "hub")
+    (tmp_path / "hub" / "config.json").unlink()
+    with pytest.raises(InputError, match="has no config.json"):
+        read_dinov2(tmp_path / "hub")
