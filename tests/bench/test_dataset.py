@@ -27,7 +27,7 @@ def test_an_item(small_set):
     assert [item.id for item in items] == ["00000", "00001"]
     item = items[1]
     assert item.image.shape == item.truth.shape == (3, 192, 192)
-    assert item.task == "view_synthesis" and item.caption is None
+    assert item.task == "view_synthesis" and item.caption.endswith("seen from another side")
     assert item.labels["artifact"] == "smear" and item.labels["difficulty"] == "easy"
     assert set(item.mask.unique().tolist()) == set(item.correspondence.unique().tolist()) == {0.0, 1.0}
     assert torch.equal(item.image[:, item.mask < 0.5], item.truth[:, item.mask < 0.5])

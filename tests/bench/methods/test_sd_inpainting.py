@@ -36,7 +36,7 @@ def test_the_artifact_is_not_seen(small_set, method):
 
 
 def test_prompt(small_set):
-    item = BenchmarkSet(small_set)[0]
+    item = replace(BenchmarkSet(small_set)[0], caption=None)
     assert prompt(replace(item, caption="two mugs")) == "two mugs"
     assert prompt(replace(item, labels={"subject": "teapot"})) == "a photo of a teapot"
     assert prompt(replace(item, labels={})) == "a photo of a product"
