@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..rba_core.collage import transfer_detail
+from ..rba_core.drift import estimate_drift, undo_drift
 from ..rba_core.errors import InputError
 from ..rba_core.pipeline import Settings, refine_by_align
 from ..rba_core.postprocessing import CleaningSettings
@@ -157,19 +158,26 @@ class Stitch(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="The image that the crop was cut from."),
                 io.Mask.Input("mask", tooltip="White over the wrong part; same size as the image."),
-                io.Image.Input("redrawn", tooltip="The redrawn crop, from Refine Crop; any size, it is resampled to the box."),
+                io.Image.Input("redrawn", tooltip="The redrawn crop, from Refine Crop or any editor; any size, it is resampled to the box."),
                 BoundingBoxSocket.Input("bounding_box", tooltip="Where the crop stands in the image, from Zoom-in Crop.", extra_dict={"forceInput": True}),
                 detail_transfer_input(),
                 *stitching_inputs(),
                 *collage_inputs(),
                 io.Mask.Input("crop_mask", optional=True, tooltip="White over the wrong part of the crop, from Zoom-in Crop; needed with a collage."),
+                io.Boolean.Input(
+                    "drift_correction", default=False, optional=True,
+                    tooltip=(
+                        "For crops redrawn by FLUX Kontext, Qwen-Image-Edit, SDXL inpainting and other editors that shift, zoom and tint all of a crop "
+                        "a little: undoes that, as measured around the mask. Not needed after Refine Crop."
+                    ),
+                ),
             ],
             outputs=[io.Image.Output("refined", tooltip="The image with the masked part replaced.")],
         )
 
     @classmethod
     def execute(
-        cls, image, mask, redrawn, bounding_box, detail_transfer, feather, colour_match, collage=None, collage_mask=None, crop_mask=None,
+        cls, image, mask, redrawn, bounding_box, detail_transfer, feather, colour_match, collage=None, collage_mask=None, crop_mask=None, drift_correction=False,
     ) -> io.NodeOutput:
         if collage is not None and crop_mask is None:
             raise InputError("crop mask", "is not connected", "with a collage, connect the crop mask of Zoom-in Crop too")
@@ -180,9 +188,12 @@ class Stitch(io.ComfyNode):
         )
         stitched = []
         for whole, part, crop, box, laid, hole in batch:
+            picture = pictures(whole[None])[0]
+            if drift_correction:
+                crop = undo_drift(crop, estimate_drift(crop, box.crop(picture), box.crop(part[None])[0]))
             if laid is not None:
                 crop = transfer_detail(crop, laid, hole, detail_transfer)
-            stitched.append(put_back(stitch(pictures(whole[None])[0], part, crop, box, feather=feather, colour_match=colour_match), part, whole))
+            stitched.append(put_back(stitch(picture, part, crop, box, feather=feather, colour_match=colour_match), part, whole))
         return io.NodeOutput(delivered(stitched, image.dtype))
 
 

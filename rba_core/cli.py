@@ -1,4 +1,4 @@
-"""`rba`: refine, align, demo, bench, report, train, convert."""
+"""`rba`: refine, align, crop, stitch, demo, bench, report, train, convert."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .errors import InputError
-from .imageio import Picture, check_output, read_image, read_mask, write_image, write_mask
+from .imageio import LARGEST, Picture, check_output, read_image, read_mask, write_image, write_mask
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,6 +110,45 @@ def align(options) -> None:
     chosen = f"reference {match.reference + 1}, " if len(references) > 1 else ""
     told = f", confidence {match.collage.confidence:.2f}" if match.collage else ""
     print(f"{options.output}  ({chosen}box {region.box.x},{region.box.y} {region.box.width} x {region.box.height}{told})")
+
+
+def crop(options) -> None:
+    from .pipeline import check_mask
+    from .zoom_crop import zoom_crop
+
+    for path in filter(None, (options.output, options.crop_mask)):
+        check_output(path)
+    if not 16 <= options.size <= LARGEST:
+        raise InputError("size", f"is {options.size}", f"use 16 to {LARGEST}")
+    image, mask = read_image(options.image).rgb, read_mask(options.mask)
+    check_mask("mask", mask, "image", image)
+    cut = zoom_crop(image, mask, options.size, context=options.context)
+    write_image(options.output, cut.image)
+    if options.crop_mask:
+        write_mask(options.crop_mask, cut.mask)
+    print(f"{options.output}  (box {cut.box.x},{cut.box.y} {cut.box.width} x {cut.box.height}, at {options.size} x {options.size})")
+
+
+def stitch(options) -> None:
+    from .drift import Drift, estimate_drift, undo_drift
+    from .pipeline import check_mask
+    from .stitch import stitch as put_back
+    from .zoom_crop import crop_box
+
+    check_output(options.output)
+    picture, mask, redrawn = read_image(options.image), read_mask(options.mask), read_image(options.redrawn, "redrawn").rgb
+    check_mask("mask", mask, "image", picture.rgb)
+    height, width = redrawn.shape[1:]
+    if min(height, width) < 16 or abs(height - width) > 0.02 * width:
+        raise InputError("redrawn", f"is {width} x {height}, the crop is square", "give all of the crop, redrawn")
+    box = crop_box(mask, options.context, multiple=8)
+    drift = Drift()
+    if not options.no_drift_correction:
+        drift = estimate_drift(redrawn, box.crop(picture.rgb), box.crop(mask[None])[0])
+    stitched = put_back(picture.rgb, mask, undo_drift(redrawn, drift), box, feather=options.feather, colour_match=not options.no_colour_match)
+    write_image(options.output, stitched, like=picture)
+    told = f"shift {drift.shift[0]:.1f}, {drift.shift[1]:.1f} px, zoom {drift.zoom:.3f} undone" if drift.moved else "no shift, no zoom found"
+    print(options.output if options.no_drift_correction else f"{options.output}  ({told})")
 
 
 def demo(options) -> None:
@@ -447,6 +486,25 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--matches", metavar="FILE", help="also write matched points, image and reference side by side")
     command.add_argument("--warped", metavar="FILE", help="also write the reference as it lies over IMAGE, transparent where it does not show the object")
     command.set_defaults(command=align)
+
+    boxed = argparse.ArgumentParser(add_help=False)
+    boxed.add_argument("image", metavar="IMAGE", help="the generated image with the artifact")
+    boxed.add_argument("mask", metavar="MASK", help="white over the artifact, same size as IMAGE")
+    boxed.add_argument("--context", type=float, default=2.0, help="side of the crop in sides of the mask, the same for crop and stitch (default: %(default)s)")
+
+    command = commands.add_parser("crop", parents=[boxed], help="cut a square around the mask, to redraw it in any image editor")
+    command.add_argument("-o", "--output", required=True, metavar="CROP", help="PNG, WebP (lossless), TIFF or BMP")
+    command.add_argument("--crop-mask", metavar="FILE", help="also write the mask in the crop")
+    command.add_argument("--size", type=int, default=1024, metavar="PX", help="side of CROP (default: %(default)s)")
+    command.set_defaults(command=crop)
+
+    command = commands.add_parser("stitch", parents=[boxed], help="put a crop that an editor redrew back into its image")
+    command.add_argument("redrawn", metavar="REDRAWN", help="the redrawn CROP, of any size")
+    command.add_argument("-o", "--output", required=True, metavar="OUT", help="PNG, WebP (lossless), TIFF or BMP")
+    command.add_argument("--no-drift-correction", action="store_true", help="do not undo the shift, zoom and colour cast that the editor gave all of the crop")
+    command.add_argument("--feather", type=float, default=1.0, help="blend width inside the mask, pixels (default: %(default)s)")
+    command.add_argument("--no-colour-match", action="store_true", help="do not match the tone of the surround")
+    command.set_defaults(command=stitch)
 
     command = commands.add_parser("demo", parents=[model], help="refine the sample that comes with the package")
     command.add_argument("-o", "--output", default="rba-demo", metavar="DIR", help="where the pictures go (default: %(default)s)")

@@ -78,10 +78,10 @@ def register(
     looser = LOOSER if placement is None else 1.0
 
     @cache
-    def view(size: int) -> _View:
-        return _View.of(picture, mask, reference, reference_mask, size, half_side)
+    def view(size: int) -> View:
+        return View.of(picture, mask, reference, reference_mask, size, half_side)
 
-    def total(seen: _View, warps: Tensor, score: Tensor) -> Tensor:
+    def total(seen: View, warps: Tensor, score: Tensor) -> Tensor:
         said = -PRIOR * _departure(warps, start, looser) if placement is None else ATTENTION * attention_at(placement, box, warps)
         return score + DETAIL * seen.local_correlation(warps)[0] + said
 
@@ -176,7 +176,7 @@ def attention_at(placement: Placement, box: Box, warps: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _View:
+class View:
     """The crop at one size, and the reference at the size that it then has."""
 
     target: Tensor
@@ -186,18 +186,18 @@ class _View:
     shrink: float
 
     @staticmethod
-    def of(picture: Tensor, mask: Tensor, reference: Tensor, reference_mask: Tensor, size: int, half_side: float) -> _View:
+    def of(picture: Tensor, mask: Tensor, reference: Tensor, reference_mask: Tensor, size: int, half_side: float) -> View:
         hole = F.adaptive_avg_pool2d(mask[None, None].float(), size)[0, 0] if mask.shape[-1] >= size else resize(mask[None].float(), size, size)[0]
         layers, shrink = shrunk(reference, reference_mask, size / 2 / half_side)
-        return _View(resize(picture, size, size), hole, nearness(hole), layers, shrink)
+        return View(resize(picture, size, size), hole, nearness(hole), layers, shrink)
 
     def sampled(self, warps: Tensor, points: Tensor) -> Tensor:
         """The layers where warps `[N, 2, K]` send points `[h, w, 2]`, `[N, 4, h, w]`."""
         return _sample(self.layers, warped(warps, points) * self.shrink)
 
-    def fit(self, warps: Tensor, degree: int, rounds: int, cut: float) -> tuple[Tensor, Tensor]:
+    def fit(self, warps: Tensor, degree: int, rounds: int, cut: float, freedom: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Gauss-Newton, tone refitted in each round, residuals beyond `cut` held for outliers: the best of each warp's
-        rounds and their scores `[N]`."""
+        rounds and their scores `[N]`. freedom `[2 * K, F]`: how alone the warps may change; default: at will."""
         size, count = self.target.shape[-1], len(warps)
         points = grid(size)
         basis = polynomials(points, degree).movedim(-1, 0)
@@ -228,7 +228,11 @@ class _View:
             known = normal.diagonal(dim1=1, dim2=2)
             stiff = stiffness.flatten() * known[:, :3].mean(1, keepdim=True)
             damping = (0.02 * known.mean(1, keepdim=True) + 1e-6).expand_as(known)
-            step = torch.linalg.solve(normal + torch.diag_embed(stiff + damping), pull - stiff * warps.flatten(1))
+            system, pull = normal + torch.diag_embed(stiff + damping), pull - stiff * warps.flatten(1)
+            if freedom is None:
+                step = torch.linalg.solve(system, pull)
+            else:
+                step = torch.linalg.solve(freedom.T @ system @ freedom, pull @ freedom) @ freedom.T
             warps = warps + step.view(count, 2, terms)
         return best / self.shrink, best_score
 
@@ -321,7 +325,7 @@ def _correlation(pictures: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return joint / ((own + 1e-3) * (other + 1e-3)).sqrt()
 
 
-def _search(seen: _View, start: Tensor, looser: float) -> Tensor:
+def _search(seen: View, start: Tensor, looser: float) -> Tensor:
     """The best shifts, scales and rotations about a start: `[CANDIDATES, 2, 3]`."""
     turns = [(scale, angle) for scale in SCALES for angle in ROTATIONS]
     similarities = torch.stack([scale * torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) for scale, angle in turns])

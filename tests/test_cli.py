@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pictures import texture
 from PIL import Image
 
 from rba_core import cli
 from rba_core.alignment import align
-from rba_core.imageio import read_image, read_mask, write_image, write_mask
+from rba_core.imageio import read_image, read_mask, to_bytes, write_image, write_mask
 from rba_core.model import RefineByAlign
 from rba_core.pipeline import Settings, refine_by_align
 from rba_core.postprocessing import CleaningSettings, clean
@@ -254,6 +255,47 @@ def test_without_registration_there_are_no_matches(rba, capsys):
     assert "no-register: leaves no matches to show" in capsys.readouterr().err
 
 
+def cut_and_redrawn(files, monkeypatch) -> torch.Tensor:
+    """crop.png and crop mask.png cut from image.png, and edited.png: the crop shifted and tinted. The picture."""
+    monkeypatch.chdir(files)
+    picture = texture(96, 130)
+    write_image("image.png", picture)
+    assert cli.main(["crop", "image.png", "mask.png", "-o", "crop.png", "--crop-mask", "crop mask.png", "--size", "256"]) == 0
+    write_image("edited.png", 0.93 * read_image("crop.png").rgb.roll((4, -3), (1, 2)))
+    return picture
+
+
+def test_a_crop_goes_through_an_editor_and_comes_back(files, scene, monkeypatch, capsys):
+    cut_and_redrawn(files, monkeypatch)
+    crop = zoom_crop(read_image("image.png").rgb, scene.mask, 256)
+    assert np.array_equal(pixels("crop.png"), to_bytes(crop.image)) and torch.equal(read_mask("crop mask.png"), crop.mask)
+    assert capsys.readouterr().out == f"crop.png  (box {crop.box.x},{crop.box.y} {crop.box.width} x {crop.box.height}, at 256 x 256)\n"
+    assert cli.main(["stitch", "image.png", "mask.png", "edited.png", "-o", "undone.png", "--no-colour-match"]) == 0
+    assert re.fullmatch(r"undone\.png  \(shift -(3\.[0-3]|2\.[7-9]), (4\.[0-3]|3\.[7-9]) px, zoom (1\.00|0\.99)\d undone\)\n", capsys.readouterr().out)
+    assert cli.main(["stitch", "image.png", "mask.png", "edited.png", "-o", "drifted.png", "--no-colour-match", "--no-drift-correction"]) == 0
+    image, undone, drifted = (pixels(f"{name}.png").astype(int) for name in ("image", "undone", "drifted"))
+    inside = scene.mask.numpy() > 0.5
+    assert np.array_equal(undone[~inside], image[~inside]) and np.array_equal(drifted[~inside], image[~inside])
+    assert abs(undone - image)[inside].mean() < 0.2 * abs(drifted - image)[inside].mean()
+
+
+def test_what_cannot_be_cut_or_put_back_is_said_in_a_line(files, monkeypatch, capsys):
+    cut_and_redrawn(files, monkeypatch)
+    write_image("wide.png", torch.rand(3, 64, 128))
+    for words, told in (
+        ("stitch image.png mask.png wide.png -o out.png", "redrawn: is 128 x 64, the crop is square"),
+        ("stitch image.png reference_mask.png edited.png -o out.png", "mask: is 101 x 81, its image 130 x 96"),
+        ("stitch image.png mask.png edited.png -o out.jpg", "output: out.jpg would be stored with loss"),
+        ("stitch image.png mask.png none.png -o out.png", "redrawn: none.png does not exist"),
+        ("crop image.png reference_mask.png -o out.png", "mask: is 101 x 81, its image 130 x 96"),
+        ("crop image.png mask.png -o out.png --size 3", "size: is 3; use 16 to 16384"),
+        ("crop image.png mask.png -o out.png --context 0.5", "context: is 0.5, less than the mask"),
+    ):
+        assert cli.main(words.split()) == 2
+        assert told in capsys.readouterr().err, words
+    assert not Path("out.png").exists()
+
+
 def test_several_references(files, scene, capsys, monkeypatch):
     """The second shows what the image does; the first is noise."""
     wide = torch.nn.functional.interpolate(scene.image[None], scale_factor=1.5, mode="bilinear")[0]
@@ -304,7 +346,7 @@ def test_wrong_usage_exits_with_2(options, capsys):
 
 
 def test_help_exits_with_0_for_every_command(capsys):
-    for command in ("refine", "align", "demo", "bench", "bench make", "bench run", "bench grid-search", "bench steps", "bench doubt", "bench calibrate", "bench speed", "bench study", "bench study-table", "report", "train"):
+    for command in ("refine", "align", "crop", "stitch", "demo", "bench", "bench make", "bench run", "bench grid-search", "bench steps", "bench doubt", "bench calibrate", "bench speed", "bench study", "bench study-table", "report", "train"):
         with pytest.raises(SystemExit) as left:
             cli.main([*command.split(), "--help"])
         assert left.value.code == 0

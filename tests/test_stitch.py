@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rba_core.geometry import Box
+from rba_core.drift import estimate_drift, undo_drift
+from rba_core.geometry import Box, resize
 from rba_core.imageio import read_image, to_bytes, write_image
 from rba_core.stitch import colour_offset, feather_inside, stitch
 
@@ -157,3 +158,16 @@ def test_no_hairline_of_the_artifact_is_left_along_the_border():
     mask[16:32, 14:30] = 1
     result = stitch(truth * (1 - mask), mask, truth, Box(0, 0, 48, 48), feather=2.0)
     assert (result - truth).abs().max() < 0.02
+
+
+def test_with_the_drift_undone_outside_the_mask_not_one_bit_changes_either():
+    image = torch.randint(0, 256, (3, 70, 90), generator=torch.Generator().manual_seed(4)) / 255
+    mask = torch.zeros(70, 90)
+    mask[20:45, 30:60] = 1
+    box = Box(20, 5, 56, 56)
+    redrawn = (0.9 * resize(box.crop(image), 128, 128)).roll((2, -3), (1, 2))
+    drift = estimate_drift(redrawn, box.crop(image), box.crop(mask[None])[0])
+    assert drift.moved and drift.tinted
+    result = stitch(image, mask, undo_drift(redrawn, drift), box)
+    assert torch.equal(result[:, mask < 0.5], image[:, mask < 0.5])
+    assert (result - image).abs().mean() < 0.5 * (stitch(image, mask, redrawn, box) - image).abs().mean()

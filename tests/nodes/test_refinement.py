@@ -50,6 +50,22 @@ def test_stitch_changes_nothing_outside_the_mask(nodes, loaded, inputs):
     assert not torch.equal(stitched[inside], inputs["image"][inside])
 
 
+def test_stitch_undoes_an_editor_s_drift_before_detail_is_carried_over(nodes, loaded, same_product):
+    """The crop comes back whole but shifted and tinted, the collage lies where it belongs."""
+    image, mask = same_product["reference"], same_product["mask"]
+    crop, crop_mask, box = nodes.refinement.ZoomCrop.execute(loaded, image, mask, "refinement", 0.0).args
+    redrawn = 0.95 * crop.roll((2, -1), (1, 2))
+
+    def off(**changes):
+        (stitched,) = nodes.refinement.Stitch.execute(image, mask, redrawn, box, 1.0, 1.0, False, **changes).args
+        assert torch.equal(stitched[mask < 0.5], image[mask < 0.5])
+        return float((stitched - image)[mask > 0.5].abs().mean())
+
+    assert off(drift_correction=True) < 0.2 * off() and off() == off(drift_correction=False)
+    collage = {"collage": crop, "crop_mask": crop_mask}
+    assert off(drift_correction=True, **collage) < 0.5 * off(**collage)
+
+
 def test_all_in_one_is_the_library_s(run, model, scene):
     image, region = run(seed=11, steps=0)
     expected = refine_by_align(model, scene.image, scene.mask, scene.reference, scene.reference_mask, seed=11)
