@@ -83,7 +83,7 @@ def estimate_drift(redrawn: Tensor, original: Tensor, mask: Tensor) -> Drift:
         trust = _trust(view, warp)
     before, after = (_agreement(view, candidate) for candidate in (middle[None], warp))
     zoom, shift = float(warp[0, 0, 0]) / finest * 2, (warp[0, :, 2] - middle[:, 2]) / finest
-    if after < BELIEVED or shift.abs().max() > FARTHEST[0] or abs(zoom - 1) > FARTHEST[1]:
+    if not after >= BELIEVED or shift.abs().max() > FARTHEST[0] or abs(zoom - 1) > FARTHEST[1]:
         return Drift(agreement=(before, after))
     drift = Drift(agreement=(before, before))
     if (shift.abs().max() + abs(zoom - 1) / 2) * 512 > NOTICED[0] and after > before:

@@ -36,9 +36,8 @@ def around(margin: int = 16) -> torch.Tensor:
 
 @pytest.mark.parametrize("shift", [(0.0, 0.0), (4.0, -4.0), (-1.3, 2.6), (0.4, 0.0)], ids=str)
 @pytest.mark.parametrize("zoom", [1.0, 0.97, 1.03])
-@pytest.mark.parametrize("cast", [((1.0, 1.0, 1.0), (0.0, 0.0, 0.0)), ((1.05, 1.0, 0.92), (0.02, 0.0, -0.02))], ids=["no cast", "warm"])
-def test_a_known_drift_is_found_and_undone(shift, zoom, cast):
-    given = edited(REDRAWN, shift, zoom, *cast)
+def test_a_known_drift_is_found_and_undone(shift, zoom):
+    given = edited(REDRAWN, shift, zoom, (1.05, 1.0, 0.92), (0.02, 0.0, -0.02))
     drift = estimate_drift(given, ORIGINAL, MASK)
     assert off_by(drift, shift, zoom) < 0.25  # 0.5 px of a crop of 512
     undone = undo_drift(given, drift)
