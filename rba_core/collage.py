@@ -19,8 +19,8 @@ from .zoom_crop import ZoomCrop
 TONE = 48
 """Pixels a side in which the fields of tone are computed: they are low-frequency."""
 BRIGHTNESS = 0.2, 0.65
-"""Its share in the gain of luma and of colour, the rest is contrast's. The first is where hp-SSIM is highest on the synthetic
-validation split; the second costs nothing there, and yellow on red in a darker picture stays yellow."""
+"""Its share in the gain of luma and of colour, the rest is contrast's. On the synthetic validation split hp-SSIM is highest at
+0.2 for luma; for colour 0.65 costs 0.2 dB of PSNR there, but yellow on red in a darker picture stays yellow."""
 LUMA = torch.tensor([0.299, 0.587, 0.114])
 BLURS = (0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.2)
 """Standard deviations, in pixels of the collage, that a reference may be softened by."""
