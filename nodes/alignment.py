@@ -269,19 +269,17 @@ class Register(io.ComfyNode):
         settings = Settings(min_confidence=min_confidence, dense=placement is not None)
         laid, shown, regions, guides, confidences, drawn = [], [], [], [], [], []
         for cut, hole, box, whole, photo, thing, found, start in batch:
-            thing, found, confidence, collage = (thing > 0.5).float(), (found > 0.5).float(), 0.0, None
+            thing, found, collage = (thing > 0.5).float(), (found > 0.5).float(), None
             region, crop = MatchedRegion(found, Box.around(found), found, start), ZoomCrop(cut, (hole > 0.5).float(), box)
-            matches = torch.ones(3, MATCHES, 2 * MATCHES + MATCHES // 16)
             if start is not None or not torch.equal(found, thing):  # all of it, and no placement: alignment found nothing
                 region, collage = register(crop, photo, thing, region, whole, settings)
-                confidence, matches = collage.confidence, draw_matches(whole, crop, photo, collage, MATCHES)
-                collage = believed(collage, settings)
+            confidences.append(0.0 if collage is None else collage.confidence)
+            drawn.append(image_of(draw_matches(whole, crop, photo, collage, MATCHES)))
+            collage = believed(collage, settings)
             laid.append(torch.zeros(3, box.height, box.width) if collage is None else collage.picture)
             shown.append(torch.zeros(box.height, box.width) if collage is None else collage.valid)
             regions.append(region.mask)
             guides.append(grow(region, margin) * thing)
-            confidences.append(confidence)
-            drawn.append(image_of(matches))
         size = max(picture.shape[-1] for picture in laid)
         return io.NodeOutput(
             delivered([image_of(resize(picture, size, size)) for picture in laid]), delivered([resize_mask(valid, size, size) for valid in shown]),

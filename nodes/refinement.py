@@ -9,7 +9,7 @@ from ..rba_core.drift import estimate_drift, undo_drift
 from ..rba_core.errors import InputError
 from ..rba_core.pipeline import Settings, refine_by_align
 from ..rba_core.postprocessing import CleaningSettings
-from ..rba_core.refinement import SCHEDULERS, refine
+from ..rba_core.refinement import SCHEDULERS, default_strength, refine
 from ..rba_core.stitch import stitch
 from ..rba_core.zoom_crop import zoom_crop
 from .alignment import (
@@ -134,7 +134,7 @@ class Refine(io.ComfyNode):
         )
         network = on_device(model)
         if strength < 0:
-            strength = network.config.collage_strength * (1 - (confidence or 0.0))
+            strength = default_strength(network, confidence or 0.0)
         progress = BatchProgress(len(batch))
         redrawn = [
             refine(

@@ -74,7 +74,7 @@ def align(options) -> None:
     from .pipeline import Settings, best_match, checked_references
     from .postprocessing import CleaningSettings
     from .reference_encoding import encode_reference
-    from .zoom_crop import zoom_crop
+    from .zoom_crop import crop_for
 
     for path in filter(None, (options.output, options.raw, options.overlay, options.matches, options.warped)):
         check_output(path)
@@ -92,11 +92,11 @@ def align(options) -> None:
         dense=not options.no_dense, levels=options.levels, register=not options.no_register, min_confidence=options.min_confidence,
     )  # fmt: skip
     if options.raw:
-        crop = zoom_crop(image, mask, model.config.image_size, context=model.config.alignment_context, multiple=model.stride)
+        crop = crop_for(model, image, mask, model.config.alignment_context)
         raw = align_crop(model, crop, wholes[0], layer=options.layer, timestep=options.timestep, noise_level=options.noise_level, seed=options.seed)
         soft = wholes[0].to_reference(raw)
         write_mask(options.raw, soft / soft.max().clamp(min=1e-9))
-    closer = zoom_crop(image, mask, model.config.image_size, context=model.config.context, multiple=model.stride)
+    closer = crop_for(model, image, mask, model.config.context)
     match = best_match(model, image, mask, closer, references, wholes, settings, options.seed)
     reference, region = references[match.reference], match.region
     write_mask(options.output, region.mask)
@@ -191,6 +191,7 @@ def bench_run(options) -> None:
 
 def bench_grid_search(options) -> None:
     from .bench.grid_search import draw, grid_search, write_choice
+    from .bench.run import write_json
 
     try:
         steps_of_t = [int(value) for value in options.steps_of_t.split(",")]
@@ -199,7 +200,7 @@ def bench_grid_search(options) -> None:
     folder = _folder(options.out)
     with _bar("grid search", "pass") as progress:
         results = grid_search(options.set, _load(options), steps_of_t, options.limit, options.seed, progress)
-    _write_results(folder / "grid.json", results, options)
+    write_json(folder / "grid.json", results | {"model": Path(options.model).name})
     draw(results, folder)
     best = results["best"]
     print(f"{folder}  (t = {best['timestep']}, layer {best['layer']}: mean IoU {best['miou']:.3f} over {results['n']} items)")
@@ -208,31 +209,23 @@ def bench_grid_search(options) -> None:
 
 
 def bench_steps(options) -> None:
-    from .bench.report import markdown_table
     from .bench.steps import NEAR, compare_steps, steps_table
 
-    if options.json:
-        check_output(options.json, lossless=False)
+    _check_json(options)
     with _bar("steps", "outcome") as progress:
         results = compare_steps(options.set, _load(options), limit=options.limit, seed=options.seed, progress=progress)
-    print("\n".join(markdown_table(steps_table(results))))
-    print(f"\n{results['fewest']} steps stay within {NEAR:.0%} of the most in every metric")
-    if options.json:
-        _write_results(options.json, results, options)
+    _tell(steps_table(results), f"{results['fewest']} steps stay within {NEAR:.0%} of the most in every metric")
+    _keep(results | {"model": Path(options.model).name}, options)
 
 
 def bench_doubt(options) -> None:
     from .bench.doubt import doubt, doubt_table
-    from .bench.report import markdown_table
 
-    if options.json:
-        check_output(options.json, lossless=False)
+    _check_json(options)
     with _bar("doubt", "item") as progress:
         results = doubt(options.set, _load(options), limit=options.limit, seed=options.seed, progress=progress)
-    print("\n".join(markdown_table(doubt_table(results))))
-    print(f"\nthe right reference has more confidence than the wrong object's in {results['told']:.0%}")
-    if options.json:
-        _write_results(options.json, results, options)
+    _tell(doubt_table(results), f"the right reference has more confidence than the wrong object's in {results['told']:.0%}")
+    _keep(results | {"model": Path(options.model).name}, options)
 
 
 def bench_calibrate(options) -> None:
@@ -258,33 +251,26 @@ def bench_study(options) -> None:
 
 
 def bench_study_table(options) -> None:
-    from .bench.report import markdown_table
-    from .bench.run import write_json
     from .bench.study import NOTE, study_table, tally
 
-    if options.json:
-        check_output(options.json, lossless=False)
+    _check_json(options)
     results = tally(options.key, options.answers)
-    print("\n".join(markdown_table(study_table(results))) + f"\n\n{NOTE}")
-    if options.json:
-        write_json(Path(options.json), results)
+    _tell(study_table(results), NOTE)
+    _keep(results, options)
 
 
 def bench_speed(options) -> None:
-    from .bench.report import markdown_table
-    from .bench.run import write_json
     from .bench.speed import measure_speed, speed_sentences, speed_table, speed_title
 
-    if options.json:
-        check_output(options.json, lossless=False)
+    _check_json(options)
     with _bar("speed", "run") as progress:
         results = measure_speed(
             options.size, **_machine(options), steps=options.steps, repeats=options.repeats, warm_up=options.warm_up, compile=options.compile,
             channels_last=options.channels_last, progress=progress,
         )  # fmt: skip
-    print("\n".join([speed_title(results), "", *markdown_table(speed_table(results)), "", *speed_sentences(results)]))
-    if options.json:
-        write_json(Path(options.json), results)
+    print(speed_title(results), end="\n\n")
+    _tell(speed_table(results), "\n".join(speed_sentences(results)))
+    _keep(results, options)
 
 
 def report(options) -> None:
@@ -409,11 +395,23 @@ def _machine(options) -> dict:
     return {"device": device, "dtype": dtype}
 
 
-def _write_results(path: str | Path, results: dict, options) -> None:
-    """For `rba report`, with the name of the model that they are of."""
+def _check_json(options) -> None:
+    if options.json:
+        check_output(options.json, lossless=False)
+
+
+def _tell(table: list[list[str]], words: str) -> None:
+    from .bench.report import markdown_table
+
+    print("\n".join(markdown_table(table)), words, sep="\n\n")
+
+
+def _keep(results: dict, options) -> None:
+    """For `rba report`, where a file was asked for."""
     from .bench.run import write_json
 
-    write_json(Path(path), results | {"model": Path(options.model).name})
+    if options.json:
+        write_json(Path(options.json), results)
 
 
 class _bar:

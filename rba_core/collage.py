@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from .autoencoder import RGB_TO_YCC
 from .geometry import Box, resize, resize_mask
 from .postprocessing import MatchedRegion
 from .registration import blurred, carry_back, grid, nearness, register, shrunk, warped
@@ -21,7 +22,7 @@ TONE = 48
 BRIGHTNESS = 0.2, 0.65
 """Its share in the gain of luma and of colour, the rest is contrast's. On the synthetic validation split hp-SSIM is highest at
 0.2 for luma; for colour 0.65 costs 0.2 dB of PSNR there, but yellow on red in a darker picture stays yellow."""
-LUMA = torch.tensor([0.299, 0.587, 0.114])
+LUMA = torch.tensor(RGB_TO_YCC[0])
 BLURS = (0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5, 3.2)
 """Standard deviations, in pixels of the collage, that a reference may be softened by."""
 

@@ -40,15 +40,18 @@ def outline(picture: Tensor, mask: Tensor, colour: tuple[float, float, float] = 
     return torch.where(ring > 0.5, picture.new_tensor(colour)[:, None, None], picture)
 
 
-def draw_matches(image: Tensor, crop: ZoomCrop, reference: Tensor, collage: Collage, side: int = 384, points: int = 9) -> Tensor:
+def draw_matches(image: Tensor, crop: ZoomCrop, reference: Tensor, collage: Collage | None, side: int = 384, points: int = 9) -> Tensor:
     """The crop and what of the reference `[3, H, W]` it was laid on, next to each other, with matched points in the same
     colour: filled where crop and reference agree, hollow where they do not (sureness below a quarter). Lines lead from
     those under the mask.
 
     image   `[3, h, w]`, the crop's own
-    returns `[3, side, 2 side + gap]` in [0, 1]
+    returns `[3, side, 2 side + gap]` in [0, 1]; white without a collage
     """
-    gap, size = side // 16, collage.flow.shape[-1]
+    gap = side // 16
+    if collage is None:
+        return torch.ones(3, side, 2 * side + gap)
+    size = collage.flow.shape[-1]
     places = collage.flow.flatten(1)
     low, high = places.amin(1), places.amax(1)
     square = Box(*(int(value) for value in low), *(max(1, int(value)) for value in high - low)).square(max(1, int((high - low).max())))

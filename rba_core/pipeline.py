@@ -17,7 +17,7 @@ from .geometry import Box
 from .model import RefineByAlign
 from .postprocessing import CleaningSettings, MatchedRegion, clean
 from .reference_encoding import EncodedReference, encode_reference
-from .refinement import Progress, refine
+from .refinement import Progress, default_strength, refine
 from .registration import carry_back
 from .stitch import stitch
 from .zoom_crop import ZoomCrop, separate, zoom_crop
@@ -28,6 +28,7 @@ DISPROVED = 0.01
 """Below this confidence of the registration the map is held for wrong, too, and Eq. 5 decides: all as in the paper."""
 CLOSE_UP = 2.5
 """Side of the reference that the next level of the alignment sees, in longer sides of M*."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -263,7 +264,7 @@ def redraw(
     """The image `[3, H, W]` with one artifact redrawn in its crop, guided by a region's tokens, and put back."""
     strength = settings.strength
     if strength is None:
-        strength = model.config.collage_strength * (1 - collage.confidence) if collage else 1.0
+        strength = default_strength(model, collage.confidence) if collage else 1.0
     redrawn = refine(
         model, crop, guide, collage=collage, strength=strength, steps=settings.steps, guidance=settings.guidance, scheduler=settings.scheduler, seed=seed,
         progress=progress,

@@ -14,6 +14,7 @@ from torch import Tensor
 from .collage import Collage
 from .errors import InputError
 from .geometry import resize, resize_mask
+from .model import RefineByAlign
 from .reference_encoding import EncodedReference
 from .zoom_crop import ZoomCrop
 
@@ -35,9 +36,14 @@ def make_scheduler(model, name: str):
     return SCHEDULERS[name].from_config(model.scheduler.config)
 
 
+def default_strength(model: RefineByAlign, confidence: float) -> float:
+    """How far to depart from a registered reference: the less, the surer it is where it belongs."""
+    return model.config.collage_strength * (1 - confidence)
+
+
 @torch.no_grad()
 def refine(
-    model,
+    model: RefineByAlign,
     crop: ZoomCrop,
     reference: EncodedReference,
     *,

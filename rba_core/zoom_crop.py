@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .geometry import Box, resize, resize_mask
+from .model import RefineByAlign
 
 
 @dataclass(frozen=True)
@@ -60,3 +61,8 @@ def zoom_crop(image: Tensor, mask: Tensor, size: int, *, context: float = 2.0, m
     if not cut_mask.any():  # a mask of few pixels in a wide crop may vanish when shrunk
         cut_mask = (torch.nn.functional.adaptive_max_pool2d(box.crop(mask[None])[None], size)[0, 0] > 0.5).float()
     return ZoomCrop(resize(box.crop(image), size, size), cut_mask, box)
+
+
+def crop_for(model: RefineByAlign, image: Tensor, mask: Tensor, context: float) -> ZoomCrop:
+    """`zoom_crop` at the model's own size, on its grid of latents."""
+    return zoom_crop(image, mask, model.config.image_size, context=context, multiple=model.stride)

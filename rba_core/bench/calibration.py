@@ -22,9 +22,9 @@ from ..model import RefineByAlign
 from ..pipeline import Settings, best_match
 from ..reference_encoding import encode_reference
 from ..refinement import Progress
-from ..zoom_crop import zoom_crop
+from ..zoom_crop import crop_for
 from .dataset import BenchmarkSet, Item
-from .doubt import KINDS, made_to_fail
+from .doubt import KINDS, each_kind, with_another
 from .metrics import end_point_error
 
 RIGHT, WRONG = 0.12, 0.25
@@ -48,13 +48,10 @@ def calibrate(sets: Sequence[str | Path], model: RefineByAlign, limit: int | Non
     chosen = [(items, of, index) for items in opened for of in [items.having("flow", limit)] for index in range(len(of))]
     rows = []
     for done, (items, of, index) in enumerate(chosen, 1):
-        own, other = items[of[index]], items[of[(index + len(of) // 2) % len(of)]]
+        own, other = with_another(items, of, index)
         for anew in (False, True):
             item = taken_anew(own, np.random.default_rng((seed, index))) if anew else own
-            for kind in KINDS:
-                failing = made_to_fail(item, kind, other)
-                if not failing.object_mask.any():
-                    continue
+            for kind, failing in each_kind(item, other):
                 found = evidence(failing, model, seed)
                 if found is not None:
                     rows.append({"id": item.id, "set": items.folder.name, "anew": anew, "kind": kind, "evidence": found[0], "error": found[1]})
@@ -71,7 +68,7 @@ def calibrate(sets: Sequence[str | Path], model: RefineByAlign, limit: int | Non
 
 def evidence(item: Item, model: RefineByAlign, seed: int) -> tuple[tuple[float, ...], float] | None:
     """What a registration's confidence is computed from, and its end-point error; `None` where nothing was aligned."""
-    crop = zoom_crop(item.image, item.mask, model.config.image_size, context=model.config.context, multiple=model.stride)
+    crop = crop_for(model, item.image, item.mask, model.config.context)
     whole = encode_reference(model, item.reference, item.object_mask)
     collage = best_match(model, item.image, item.mask, crop, [item.reference], [whole], Settings(on_flat="single-stage"), seed).collage
     if collage is None:

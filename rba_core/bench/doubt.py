@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -40,6 +40,19 @@ def made_to_fail(item: Item, kind: str, other: Item) -> Item:
     return item
 
 
+def each_kind(item: Item, other: Item) -> Iterator[tuple[str, Item]]:
+    """The item as each of KINDS, but where nothing of the object is left."""
+    for kind in KINDS:
+        failing = made_to_fail(item, kind, other)
+        if failing.object_mask.any():
+            yield kind, failing
+
+
+def with_another(items: BenchmarkSet, chosen: Sequence[int], index: int) -> tuple[Item, Item]:
+    """Of chosen positions the item at `index`, and the one half of them further on, for its wrong object."""
+    return items[chosen[index]], items[chosen[(index + len(chosen) // 2) % len(chosen)]]
+
+
 def doubt(set_folder, model: RefineByAlign, limit: int | None = None, seed: int = 0, progress: Progress | None = None) -> dict:
     """`detail` and `paper` on each item with its own reference and with ones made to fail.
 
@@ -52,12 +65,9 @@ def doubt(set_folder, model: RefineByAlign, limit: int | None = None, seed: int 
     if len(chosen) < 2:
         raise InputError("set", "has a single item", "give two or more: the other's reference is the wrong object")
     rows = []
-    for index, position in enumerate(chosen):
-        item, other = items[position], items[chosen[(index + len(chosen) // 2) % len(chosen)]]
-        for kind in KINDS:
-            failing = made_to_fail(item, kind, other)
-            if not failing.object_mask.any():
-                continue
+    for index in range(len(chosen)):
+        item, other = with_another(items, chosen, index)
+        for kind, failing in each_kind(item, other):
             row = {"id": item.id, "kind": kind}
             for name, method in (("detail", detail), ("paper", paper)):
                 outcome = method(failing, model, seed)
@@ -77,13 +87,16 @@ def summary(rows: Sequence[dict]) -> dict:
     kinds = {}
     for kind in KINDS:
         own = [row for row in rows if row["kind"] == kind]
-        confidences = np.array([row["detail"].get("confidence", 0.0) for row in own])
         means = {name: {figure: float(np.mean([row[name][figure] for row in own])) for figure in PIXEL_METRICS if figure in own[0][name]} for name in ("detail", "paper")}
-        shares = {"low": float((confidences < LOW).mean()), "unused": float((confidences < Settings().min_confidence).mean())}
-        kinds[kind] = {"n": len(own), **shares, "confidence": float(np.median(confidences)), **means}
+        kinds[kind] = {"n": len(own), **_confidences(own, Settings().min_confidence), **means}
     of = {(row["id"], row["kind"]): row["detail"].get("confidence", 0.0) for row in rows}
     right = [(name, confidence) for (name, kind), confidence in of.items() if kind == "right"]
     return {"kinds": kinds, "told": float(np.mean([confidence > of.get((name, "wrong object"), 0.0) for name, confidence in right]))}
+
+
+def _confidences(rows: Sequence[dict], used_from: float) -> dict[str, float]:
+    confidences = np.array([row["detail"].get("confidence", 0.0) for row in rows])
+    return {"low": float((confidences < LOW).mean()), "unused": float((confidences < used_from).mean()), "confidence": float(np.median(confidences))}
 
 
 def doubt_table(results: dict) -> list[list[str]]:
@@ -93,10 +106,9 @@ def doubt_table(results: dict) -> list[list[str]]:
     kinds = {kind: [row for row in results["items"] if row["kind"] == kind] for kind in results["kinds"]}
     kinds["all made to fail"] = [row for row in results["items"] if row["kind"] != "right"]
     for kind, rows in kinds.items():
-        confidences = np.array([row["detail"].get("confidence", 0.0) for row in rows])
-        cells = []
+        shares, cells = _confidences(rows, results["min_confidence"]), []
         for name, _ in shown:
             ours, theirs = (np.array([row[method][name] for row in rows if name in row[method]]) for method in ("detail", "paper"))
             cells += [f"{ours.mean():.3f} / {theirs.mean():.3f}", "{:+.3f} [{:+.3f}, {:+.3f}]".format((ours - theirs).mean(), *interval(ours - theirs))] if len(ours) else ["", ""]
-        table.append([kind, str(len(rows)), f"{(confidences < LOW).mean():.0%}", f"{(confidences < results['min_confidence']).mean():.0%}", *cells])
+        table.append([kind, str(len(rows)), f"{shares['low']:.0%}", f"{shares['unused']:.0%}", *cells])
     return table

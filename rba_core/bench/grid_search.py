@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,9 +18,10 @@ from ..pipeline import carried
 from ..postprocessing import clean
 from ..reference_encoding import EncodedReference, encode_reference
 from ..refinement import Progress
-from ..zoom_crop import ZoomCrop, zoom_crop
+from ..zoom_crop import ZoomCrop, crop_for
 from . import metrics
 from .dataset import BenchmarkSet
+from .run import write_whole
 
 STEPS_OF_T = (0, 6, 12, 18, 24, 30, 36, 42, 48)
 HEAT_MAP, CURVES = "heat_map.png", "curves.png"
@@ -49,7 +49,7 @@ def grid_search(
     for position in chosen:
         item = items[position]
         whole = encode_reference(model, item.reference, item.object_mask)
-        crop = zoom_crop(item.image, item.mask, model.config.image_size, context=model.config.alignment_context, multiple=model.stride)
+        crop = crop_for(model, item.image, item.mask, model.config.alignment_context)
         for row, timestep in enumerate(steps_of_t):
             for layer, attention in enumerate(attend_everywhere(model, crop, whole, timestep, seed)):
                 paper = _iou(correspondence(attention, crop.mask), whole, item.correspondence)
@@ -87,9 +87,7 @@ def write_choice(model: str | Path, best: dict) -> Path:
     """Make t* and l* the defaults of a model folder, or of a shipped model by its name; returns its config file."""
     path = (PRETRAINED / model if (PRETRAINED / model).is_dir() else Path(model)) / "config.json"
     config = json.loads(path.read_text()) | {"alignment_layer": best["layer"], "alignment_timestep": best["timestep"]}
-    partial = path.with_name(".config.json.partial")
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(config, indent=2) + "\n")
     return path
 
 

@@ -17,7 +17,7 @@ from ..imageio import write_picture
 from .doubt import KINDS, doubt_table
 from .grid_search import CURVES, HEAT_MAP
 from .methods import METHODS, NEED_WEIGHTS
-from .run import HEADINGS, MEASURES, by_method, figure, interval
+from .run import HEADINGS, MEASURES, by_method, figure, interval, write_whole
 from .sheet import caption, columns, contact_sheet, tile_of
 from .speed import speed_meanings, speed_sentences, speed_setting, speed_table, speed_title
 from .steps import NEAR, steps_table
@@ -60,9 +60,7 @@ def write_report(sources: Sequence[str | Path], target: str | Path) -> None:
             raise InputError("results", f"{source} does not exist", "write it with rba bench run SET -o DIR") from error
         except (json.JSONDecodeError, KeyError) as error:
             raise InputError("results", f"{source} is not what rba bench writes ({error})", "write it with rba bench run SET -o DIR") from error
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(page.written())
-    os.replace(partial, target)
+    write_whole(target, page.written())
 
 
 def section_of(results: dict):

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 
 from .. import __version__
 from ..errors import InputError
@@ -28,7 +26,7 @@ from .dataset import BenchmarkSet, Item
 from .judges import FIGURES, Judge
 from .methods import NEED_MODEL, Method, Outcome
 from .sheet import save_tiles
-from .speed import cpu_name
+from .speed import cpu_name, versions
 
 PIXEL_METRICS = ("masked_psnr", "masked_ssim", "hp_ssim", "detail_ncc")
 MEASURES = (*PIXEL_METRICS, *FIGURES, "iou", "box_iou", "soft_iou", "token_bound_iou", "end_point_error", "confidence", "outside_changed_pixels", "fell_back", "seconds")
@@ -119,7 +117,7 @@ def run(
     if share.rank:
         return None
     found = summary(items.folder.resolve().name, list(methods), [_kept(folder, position) for position in range(count)], judges)
-    return found | {"made": made | surroundings(), "judges": {name: judge.about for name, judge in judges.items()}}
+    return found | {"made": made | environment(), "judges": {name: judge.about for name, judge in judges.items()}}
 
 
 def hashes(items: BenchmarkSet, model: RefineByAlign | None) -> dict[str, str]:
@@ -141,14 +139,11 @@ def hashes(items: BenchmarkSet, model: RefineByAlign | None) -> dict[str, str]:
     return found
 
 
-def surroundings() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """What a timing, and perhaps a last digit, depends on."""
     threads = torch.get_num_threads()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()} ({threads} thread{'s' * (threads > 1)})"
-    return {
-        "machine": machine, "system": platform.system(), "python": platform.python_version(), "refine-by-align": __version__, "torch": torch.__version__,
-        "diffusers": diffusers.__version__, "transformers": transformers.__version__,
-    }  # fmt: skip
+    return {"machine": machine, "system": platform.system(), "refine-by-align": __version__, **versions()}
 
 
 def measure(item: Item, outcome: Outcome) -> dict:
@@ -242,8 +237,13 @@ def write_json(path: Path, results: dict) -> None:
     """Whole or not at all; a line an item, so that a change of one shows as one."""
     head = json.dumps({key: value for key, value in results.items() if key != "items"}, indent=1)
     rows = ",\n".join("  " + json.dumps(row) for row in results.get("items", ()))
+    write_whole(path, f'{head[:-2]},\n "items": [\n{rows}\n ]\n}}\n' if rows else head + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(f'{head[:-2]},\n "items": [\n{rows}\n ]\n}}\n' if rows else head + "\n")
+    partial.write_text(text)
     os.replace(partial, path)
 
 

@@ -28,9 +28,9 @@ from ..model import RefineByAlign, read_config
 from ..pipeline import Match, Settings, best_match, find_region, grow
 from ..postprocessing import MatchedRegion
 from ..reference_encoding import EncodedReference, encode_reference
-from ..refinement import Progress, make_scheduler, refine
+from ..refinement import Progress, default_strength, make_scheduler, refine
 from ..stitch import stitch
-from ..zoom_crop import ZoomCrop, zoom_crop
+from ..zoom_crop import ZoomCrop, crop_for
 
 SIZES = {"tiny": None, "sd15": {}, "sd21": {"unet": {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}}}
 """What the parts of a size have that `configs/sd1x.json` has not, its weights are random; tiny is the shipped model."""
@@ -75,11 +75,7 @@ def sample_scene() -> Scene:
     image, reference = (read_image(SAMPLE / f"{name}.png").rgb for name in ("image", "reference"))
     mask, reference_mask = (read_mask(SAMPLE / f"{name}.png") for name in ("mask", "reference_mask"))
     whole = encode_reference(model, reference, reference_mask)
-    return Scene(image, mask, reference, reference_mask, best_match(model, image, mask, crop_for(model, image, mask), [reference], [whole], Settings(), 0))
-
-
-def crop_for(model: RefineByAlign, image: Tensor, mask: Tensor) -> ZoomCrop:
-    return zoom_crop(image, mask, model.config.image_size, context=model.config.context, multiple=model.stride)
+    return Scene(image, mask, reference, reference_mask, best_match(model, image, mask, crop_for(model, image, mask, model.config.context), [reference], [whole], Settings(), 0))
 
 
 @dataclass
@@ -99,12 +95,12 @@ class Case:
 
     @classmethod
     def of(cls, model: RefineByAlign, scene: Scene, steps: int) -> Case:
-        crop, match = crop_for(model, scene.image, scene.mask), scene.match
+        crop, match = crop_for(model, scene.image, scene.mask, model.config.context), scene.match
         whole = encode_reference(model, scene.reference, scene.reference_mask)
         guide = encode_reference(model, scene.reference, grow(match.region, Settings().region_margin) * scene.reference_mask)
         with torch.no_grad():
             sample = noised(model, crop, model.noise_step(model.config.alignment_timestep), 0)
-        return cls(model, scene, steps, crop, whole, guide, match.collage, model.config.collage_strength * (1 - match.collage.confidence), sample, [])
+        return cls(model, scene, steps, crop, whole, guide, match.collage, default_strength(model, match.collage.confidence), sample, [])
 
     def align(self) -> MatchedRegion:
         scene = self.scene
@@ -220,7 +216,7 @@ def measure_speed(
     return {
         "speed": size, "random_weights": SIZES[size] is not None,
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "gpu": clock.gpu},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__},
+        "versions": versions(),
         "device": model.device.type, "dtype": str(dtype).removeprefix("torch."), "image_size": model.config.image_size,
         "denoising_steps": steps, "default_steps": model.config.steps, "scheduler": model.config.scheduler, "guidance": model.config.guidance, "repeats": repeats,
         "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in (("U-Net", model.unet), ("VAE", model.vae), ("encoder", model.encoder), ("all", model))},
@@ -398,6 +394,10 @@ def cost(work: Callable) -> dict[str, int]:
     finally:
         handle.remove()
     return {"flops": counter.get_total_flops(), "weight_bytes": read}
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}
 
 
 def cpu_name() -> str:

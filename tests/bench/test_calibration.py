@@ -6,7 +6,7 @@ from scipy.special import expit
 from rba_core import RefineByAlign
 from rba_core.bench import calibration as bench
 from rba_core.bench.dataset import BenchmarkSet
-from rba_core.bench.doubt import KINDS
+from rba_core.bench.doubt import KINDS, made_to_fail
 from rba_core.errors import InputError
 
 
@@ -30,7 +30,7 @@ def test_calibrating_on_a_set(small_set, model):
 def test_evidence_of_a_right_reference_and_of_one_that_is_not(small_set, model):
     item, other = BenchmarkSet(small_set)
     right, error = bench.evidence(item, model, 0)
-    wrong, missed = bench.evidence(bench.made_to_fail(item, "wrong object", other), model, 0)
+    wrong, missed = bench.evidence(made_to_fail(item, "wrong object", other), model, 0)
     assert error < bench.RIGHT < missed and right[0] > wrong[0]
 
 

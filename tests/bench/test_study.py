@@ -10,7 +10,6 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy import stats
 
 from rba_core import cli

@@ -13,7 +13,7 @@ from ...geometry import resize
 from ...model import RefineByAlign
 from ...postprocessing import clean
 from ...reference_encoding import encode_reference, segment
-from ...zoom_crop import zoom_crop
+from ...zoom_crop import crop_for
 from ..dataset import Item
 from .ours import redrawn_from, single_stage
 from .outcome import Outcome
@@ -26,7 +26,7 @@ TEMPERATURE = 0.05
 def features(item: Item, model: RefineByAlign, seed: int) -> Outcome:
     """The encoder alone aligns, by the likeness of its tokens of the crop and of the reference; then as `detail`."""
     whole = encode_reference(model, item.reference, item.object_mask)
-    crop = zoom_crop(item.image, item.mask, model.config.image_size, context=model.config.alignment_context, multiple=model.stride)
+    crop = crop_for(model, item.image, item.mask, model.config.alignment_context)
     square, _ = segment(item.reference, item.object_mask, model.config.reference_fill)
     side = model.encoder_size
     query, key = F.normalize(model.tokens(torch.stack([resize(picture, side, side) for picture in (crop.image, square)])).float(), dim=-1)

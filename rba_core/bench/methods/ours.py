@@ -15,7 +15,7 @@ from ...pipeline import Refined, Settings, believed, grow, redraw, refine_by_ali
 from ...postprocessing import MatchedRegion
 from ...reference_encoding import encode_reference
 from ...registration import grid, warped
-from ...zoom_crop import ZoomCrop, crop_box, separate, zoom_crop
+from ...zoom_crop import crop_box, crop_for, separate
 from ..dataset import Item
 from .outcome import Outcome, united
 
@@ -72,22 +72,16 @@ def oracle(item: Item, model: RefineByAlign, seed: int) -> Outcome:
     return redrawn_from(item, model, MatchedRegion(item.correspondence, Box.around(item.correspondence), item.correspondence), seed)
 
 
-
-
 def no_reference(item: Item, model: RefineByAlign, seed: int) -> Outcome:
     """The embedding dropped as in training, no collage: what the surroundings and the model's memory give."""
     whole = encode_reference(model, item.reference, item.object_mask)
     dropped = replace(whole, embedding=torch.zeros_like(whole.embedding))
-    return Outcome(redraw(model, item.image, item.mask, _crop(item, model), dropped, None, Settings(), seed))
-
-
-def _crop(item: Item, model: RefineByAlign) -> ZoomCrop:
-    return zoom_crop(item.image, item.mask, model.config.image_size, context=model.config.context, multiple=model.stride)
+    return Outcome(redraw(model, item.image, item.mask, crop_for(model, item.image, item.mask, model.config.context), dropped, None, Settings(), seed))
 
 
 def redrawn_from(item: Item, model: RefineByAlign, region: MatchedRegion, seed: int) -> Outcome:
     """The second stage of `refine_by_align` on a region from elsewhere; the mask as one artifact."""
-    settings, crop = Settings(dense=False), _crop(item, model)
+    settings, crop = Settings(dense=False), crop_for(model, item.image, item.mask, model.config.context)
     region, collage = register(crop, item.reference, item.object_mask, region, item.image, settings)
     guide = encode_reference(model, item.reference, grow(region, settings.region_margin) * item.object_mask)
     return Outcome(redraw(model, item.image, item.mask, crop, guide, believed(collage, settings), settings, seed), region, confidence=collage.confidence)
