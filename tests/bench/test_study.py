@@ -1,8 +1,6 @@
 import json
-import os
 import re
 import shutil
-import subprocess
 import time
 from dataclasses import replace
 from itertools import combinations
@@ -10,6 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from chromium import Chromium, find_chromium
 from scipy import stats
 
 from rba_core import cli
@@ -270,68 +269,10 @@ def test_the_commands(small_set, model_folder, tmp_path, monkeypatch, capsys):
 # the page, in a browser
 
 
-class Chromium:
-    """A headless one, driven over its DevTools pipe."""
-
-    def __init__(self, program, profile, downloads):
-        (to_read, self.writing), (reading, to_write) = os.pipe(), os.pipe()
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--window-size=1366,650", f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"]
-        redirected = f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}'
-        self.process = subprocess.Popen(["bash", "-c", redirected, program, *options], pass_fds=(to_read, to_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        os.close(to_read), os.close(to_write)
-        self.answers, self.count, self.session = os.fdopen(reading, "rb"), 0, {}
-        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
-
-    def call(self, method, **parameters):
-        self.count += 1
-        os.write(self.writing, json.dumps({"id": self.count, "method": method, "params": parameters} | self.session).encode() + b"\0")
-        while True:
-            message = bytearray()
-            while (byte := self.answers.read(1)) != b"\0":
-                if not byte:
-                    pytest.fail("the browser went away")
-                message += byte
-            if (answer := json.loads(message)).get("id") == self.count:
-                assert "error" not in answer, answer
-                return answer["result"]
-
-    def open(self, address):
-        target = self.call("Target.createTarget", url=address)["targetId"]
-        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-        self.wait("location.protocol === 'file:' && document.readyState === 'complete'")
-
-    def ask(self, expression):
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def wait(self, condition):
-        until = time.monotonic() + 30
-        while not self.ask(condition):
-            assert time.monotonic() < until, condition
-            time.sleep(0.02)
-
-    def press(self, key):
-        for kind in ("rawKeyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
-
-    def click(self, selector):
-        x, y = self.ask(f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])(document.querySelector({json.dumps(selector)}).getBoundingClientRect())")
-        for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def close(self):
-        self.session = {}
-        self.call("Browser.close")
-        self.process.wait(20)
-        os.close(self.writing), self.answers.close()
-
-
 @pytest.fixture
 def browse(tmp_path):
-    found = filter(None, map(shutil.which, ("chromium", "google-chrome", "google-chrome-stable")))
-    program = next((path for path in found if os.path.basename(os.path.realpath(path)) != "snap"), None)  # a snap has a /tmp of its own
-    if os.name != "posix" or program is None:
+    program = find_chromium()
+    if program is None:
         pytest.skip("the study's page is tried in a Chromium or Chrome, and there is none on the PATH")
     running = []
 
