@@ -47,9 +47,13 @@ class Chromium:
                 assert "error" not in answer, answer
                 return answer["result"]
 
-    def open(self, address: str) -> None:
+    def open(self, address: str, first: str = "") -> None:
+        """In a tab of its own; first: a script that runs before the page's."""
+        self.session = {}
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        self.call("Page.enable")
+        self.call("Page.addScriptToEvaluateOnNewDocument", source=first)
         self.call("Page.navigate", url=address)
         self.wait("location.protocol !== 'about:' && document.readyState === 'complete'")
 
