@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..rba_core.alignment import Reached, correspondence
 from ..rba_core.errors import InputError
-from ..rba_core.feature_alignment import DINOV2_TOKENS, TEMPERATURE, FeatureAligner, Features, check_ensemble, combined, ensemble_mean, model_aligner, patch_features
+from ..rba_core.feature_alignment import DINOV2_TOKENS, FeatureAligner, Features, check_ensemble, combined, ensemble_mean, model_aligner, patch_features
 from ..rba_core.geometry import Box, resize
 from ..rba_core.refinement import Progress
 from ..rba_core.zoom_crop import ZoomCrop
@@ -35,8 +35,8 @@ def pair_inputs():
 
 def temperature_input():
     return io.Float.Input(
-        "temperature", default=TEMPERATURE, min=0.001, max=1.0, step=0.001, advanced=True,
-        tooltip="Of the softmax over cosine similarities: lower, and each cell decides for fewer places of the reference.",
+        "temperature", default=0.0, min=0.0, max=1.0, step=0.001, advanced=True,
+        tooltip="Of the softmax over cosine similarities: lower, and each cell decides for fewer places of the reference. 0: 0.02, and on 16 x 16 cells 0.05.",
     )
 
 
@@ -73,9 +73,9 @@ class AlignDINOv2(io.ComfyNode):
     @classmethod
     def execute(cls, crop, crop_mask, reference, tokens, temperature, reference_mask=None, clip_vision=None, model=None) -> io.NodeOutput:
         if clip_vision is not None:
-            aligner = FeatureAligner(vision_features(clip_vision, tokens or DINOV2_TOKENS), temperature)
+            aligner = FeatureAligner(vision_features(clip_vision, tokens or DINOV2_TOKENS), temperature or None)
         elif model is not None:
-            aligner = replace(model_aligner(on_device(model), tokens or 16), temperature=temperature)
+            aligner = replace(model_aligner(on_device(model), tokens or 16), temperature=temperature or None)
         else:
             raise InputError("clip vision", "is not connected", "connect Load CLIP Vision with DINOv2, or a Refine-by-Align model")
         return matched(lambda report: aligner, crop, crop_mask, reference, reference_mask)
@@ -128,7 +128,7 @@ class AlignDIFT(io.ComfyNode):
                 return sampler.features.to(model_management.intermediate_device())
 
             features = diffusion if clip_vision is None else combined(diffusion, vision_features(clip_vision, DINOV2_TOKENS), weight)
-            return FeatureAligner(features, temperature)
+            return FeatureAligner(features, temperature or None)
 
         return matched(aligner, crop, crop_mask, reference, reference_mask)
 

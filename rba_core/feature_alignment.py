@@ -28,7 +28,7 @@ CROP, REFERENCE = 0, 1
 
 TEMPERATURE, COARSE_TEMPERATURE = 0.02, 0.05
 """Of the softmax over cosines: what is nearer by so much counts e times as much. The finer the grid, the more cells share
-what there is, hence the lower; the second is for 16 x 16."""
+what there is, hence the lower; the second is for 16 x 16 and less."""
 DINOV2_TOKENS = 37
 """Along a side: the grid that DINOv2's position embedding was trained on, 518 px; on another one it is interpolated."""
 FINEST = 64
@@ -39,12 +39,12 @@ FINEST = 64
 class FeatureAligner:
     """An aligner like `CrossAttention`, by features of both pictures.
 
-    temperature   of the mutual softmax over cosines
+    temperature   of the mutual softmax over cosines; default: by the grid
     fill          grey level around the segmented reference, 0 to 1
     """
 
     features: Features
-    temperature: float = TEMPERATURE
+    temperature: float | None = None
     fill: float = 0.5
 
     @torch.no_grad()
@@ -57,8 +57,10 @@ class FeatureAligner:
     def attend(self, crop: ZoomCrop, reference: EncodedReference) -> Tensor:
         """Where each of the crop's d x d cells looks in the reference, `[d², N²]`, rows of sum 1; never beside the object."""
         coverage = reference.to_tokens(reference.mask).flatten()
-        query = self.cells(crop.image, CROP)
-        return mutual_softmax(query, reference.embedding[0].to(query), (coverage > 0.1 * coverage.max()).to(query.device), self.temperature)
+        query, temperature = self.cells(crop.image, CROP), self.temperature
+        if temperature is None:
+            temperature = COARSE_TEMPERATURE if reference.tokens <= 16 else TEMPERATURE
+        return mutual_softmax(query, reference.embedding[0].to(query), (coverage > 0.1 * coverage.max()).to(query.device), temperature)
 
     def cells(self, picture: Tensor, which: int) -> Tensor:
         """`[N², C]`"""
@@ -89,8 +91,7 @@ def patch_features(encode: Callable[[Tensor], Tensor], side: int) -> Features:
 def model_aligner(model: RefineByAlign, tokens: int = 16) -> FeatureAligner:
     """The model's own encoder aligns, `tokens` along a side: 16 are what rba-tiny's was trained with, `DINOV2_TOKENS` what a
     full DINOv2 was."""
-    features = patch_features(model.tokens, tokens * model.patch_size)
-    return FeatureAligner(features, COARSE_TEMPERATURE if tokens <= 16 else TEMPERATURE, model.config.reference_fill)
+    return FeatureAligner(patch_features(model.tokens, tokens * model.patch_size), fill=model.config.reference_fill)
 
 
 @dataclass(frozen=True)

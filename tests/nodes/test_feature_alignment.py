@@ -49,10 +49,11 @@ def test_a_clip_vision_s_patches_align_and_post_process_takes_them(nodes, align,
 
 
 def test_the_encoder_of_a_model_aligns_as_in_the_library(align, loaded, model, scene, zoomed):
-    raw, attention, _ = align(model=loaded, temperature=0.05)
+    raw, attention, _ = align(model=loaded)
     aligner, crop = model_aligner(model), ZoomCrop(zoomed[0][0].movedim(-1, 0), zoomed[1][0], Box(0, 0, 64, 64))
     expected = aligner.attend(crop, aligner.encode(scene.reference, scene.reference_mask))
     assert torch.equal(attention[0], expected) and torch.equal(raw[0], correspondence(expected, crop.mask))
+    assert torch.equal(align(model=loaded, temperature=0.05)[1][0], expected) and not torch.equal(align(model=loaded, temperature=0.02)[1][0], expected)
 
 
 def test_refine_crop_does_not_read_the_grid(nodes, align, loaded, zoomed, defaults):
