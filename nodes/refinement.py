@@ -7,7 +7,7 @@ import torch
 from ..rba_core.collage import transfer_detail
 from ..rba_core.drift import estimate_drift, undo_drift
 from ..rba_core.errors import InputError
-from ..rba_core.pipeline import Settings, refine_by_align
+from ..rba_core.pipeline import ALIGNERS, Settings, refine_by_align
 from ..rba_core.postprocessing import CleaningSettings
 from ..rba_core.refinement import SCHEDULERS, default_strength, refine
 from ..rba_core.stitch import stitch
@@ -233,7 +233,8 @@ class RefineByAlign(io.ComfyNode):
                 context_input("context", "crop that is redrawn"),
                 *stitching_inputs(),
                 io.Boolean.Input("dense", default=Settings().dense, advanced=True, tooltip="Find the region by what the attention of the whole crop agrees on. Off: by that of the masked part alone, as in the paper."),
-                io.Int.Input("levels", default=Settings().levels, min=1, max=3, advanced=True, tooltip="Passes of the alignment, each closer to the region that the one before found. 1: as in the paper."),
+                io.Int.Input("levels", default=Settings().levels, min=1, max=3, advanced=True, tooltip="Passes of the alignment at most, each closer to the region that the one before found. 1: as in the paper."),
+                io.Combo.Input("aligner", options=[*ALIGNERS], default=Settings().aligner, advanced=True, tooltip="What finds the region: the model's cross-attention, as in the paper, or the likeness of its encoder's tokens."),
                 io.Image.Input("more_references", optional=True, tooltip="Further photos of the same object, as a batch, for all images. Each wrong part is redrawn from the photo that it is found in most surely."),
                 io.Mask.Input("more_reference_masks", optional=True, tooltip="White over the object in each of them. Without it the whole pictures count."),
             ],
@@ -247,7 +248,7 @@ class RefineByAlign(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, image, mask, reference, seed, steps, guidance, scheduler, detail_transfer, on_flat, single_stage, one_crop, layer, timestep, noise_level,
-        threshold, peak_support, flatness, register, min_confidence, strength, margin, alignment_context, context, feather, colour_match, dense, levels, reference_mask=None,
+        threshold, peak_support, flatness, register, min_confidence, strength, margin, alignment_context, context, feather, colour_match, dense, levels, aligner, reference_mask=None,
         more_references=None, more_reference_masks=None,
     ) -> io.NodeOutput:
         reference_mask = torch.ones(reference.shape[:3]) if reference_mask is None else masks(reference_mask, reference, "reference mask", "reference")
@@ -261,7 +262,7 @@ class RefineByAlign(io.ComfyNode):
             single_stage=single_stage, on_flat=on_flat, one_crop=one_crop,
             layer=none_below_zero(layer), timestep=none_below_zero(timestep), noise_level=none_below_zero(noise_level),
             cleaning=CleaningSettings(threshold, peak_support, flatness), alignment_context=alignment_context or None,
-            dense=dense, levels=levels, register=register, min_confidence=min_confidence, strength=none_below_zero(strength), detail_transfer=detail_transfer, region_margin=margin,
+            aligner=aligner, dense=dense, levels=levels, register=register, min_confidence=min_confidence, strength=none_below_zero(strength), detail_transfer=detail_transfer, region_margin=margin,
             steps=steps or None, guidance=guidance or None, scheduler=None if scheduler == "default" else scheduler,
             context=context or None, feather=feather, colour_match=colour_match,
         )

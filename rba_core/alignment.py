@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
@@ -9,7 +12,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from .errors import InputError
-from .reference_encoding import EncodedReference
+from .model import RefineByAlign
+from .reference_encoding import EncodedReference, encode_reference
 from .zoom_crop import ZoomCrop
 
 SAMPLER_STEPS = 50
@@ -31,11 +35,11 @@ def cross_attentions(unet: UNet2DConditionModel) -> list[Attention]:
     ]
 
 
-class _Reached(Exception):
-    """Raised inside the U-Net when the wanted layer has been read, so that nothing after it runs."""
+class Reached(Exception):
+    """Raised inside a U-Net when what is wanted of it, `value`, has been read, so that nothing after it runs."""
 
-    def __init__(self, attention: Tensor):
-        self.attention = attention
+    def __init__(self, value: Tensor):
+        self.value = value
 
 
 def probabilities(attn: Attention, args: tuple, kwargs: dict) -> Tensor:
@@ -52,13 +56,13 @@ def attention_at(unet: UNet2DConditionModel, layer: int, sample: Tensor, timeste
         raise InputError("layer", f"is {layer}", f"this model has cross-attention layers 0 to {len(layers) - 1}")
 
     def read(attn: Attention, args: tuple, kwargs: dict) -> None:
-        raise _Reached(probabilities(attn, args, kwargs))
+        raise Reached(probabilities(attn, args, kwargs))
 
     handle = layers[layer].register_forward_pre_hook(read, with_kwargs=True)
     try:
         unet(sample, timestep, context, **residuals)
-    except _Reached as reached:
-        return reached.attention
+    except Reached as reached:
+        return reached.value
     finally:
         handle.remove()
     raise RuntimeError(f"cross-attention layer {layer} did not run")
@@ -107,3 +111,30 @@ def attend(
 def align(model, crop: ZoomCrop, reference: EncodedReference, **options) -> Tensor:
     """The raw correspondence map M^(t,l) over the reference's tokens, `[N, N]`, sum 1. Options as of `attend`."""
     return correspondence(attend(model, crop, reference, **options), crop.mask)
+
+
+class Aligner(Protocol):
+    """What finds, for the cells of a crop, where in the reference they are seen."""
+
+    def encode(self, reference: Tensor, mask: Tensor) -> EncodedReference:
+        """The reference `[3, H, W]` under its mask `[H, W]`, on a square grid of N x N."""
+
+    def attend(self, crop: ZoomCrop, reference: EncodedReference) -> Tensor:
+        """`[d², N²]`, rows of sum 1."""
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """The model's own cross-attention as aligner, the paper's. Options as of `attend`."""
+
+    model: RefineByAlign
+    layer: int | None = None
+    timestep: int | None = None
+    noise_level: float | None = None
+    seed: int = 0
+
+    def encode(self, reference: Tensor, mask: Tensor) -> EncodedReference:
+        return encode_reference(self.model, reference, mask)
+
+    def attend(self, crop: ZoomCrop, reference: EncodedReference) -> Tensor:
+        return attend(self.model, crop, reference, layer=self.layer, timestep=self.timestep, noise_level=self.noise_level, seed=self.seed)

@@ -68,10 +68,10 @@ def refine(options) -> None:
 
 
 def align(options) -> None:
-    from .alignment import align as align_crop
+    from .alignment import correspondence
     from .collage import in_the_image
     from .overlay import draw_matches, overlay
-    from .pipeline import Settings, best_match, checked_references
+    from .pipeline import Settings, aligner_of, best_match, checked_references
     from .postprocessing import CleaningSettings
     from .reference_encoding import encode_reference
     from .zoom_crop import crop_for
@@ -89,12 +89,13 @@ def align(options) -> None:
     wholes = [encode_reference(model, reference, object_mask) for reference, object_mask in zip(references, object_masks)]
     settings = Settings(
         layer=options.layer, timestep=options.timestep, noise_level=options.noise_level, cleaning=CleaningSettings(threshold=options.threshold),
-        dense=not options.no_dense, levels=options.levels, register=not options.no_register, min_confidence=options.min_confidence,
+        aligner=options.aligner, dense=not options.no_dense, levels=options.levels, register=not options.no_register, min_confidence=options.min_confidence,
     )  # fmt: skip
     if options.raw:
         crop = crop_for(model, image, mask, model.config.alignment_context)
-        raw = align_crop(model, crop, wholes[0], layer=options.layer, timestep=options.timestep, noise_level=options.noise_level, seed=options.seed)
-        soft = wholes[0].to_reference(raw)
+        aligner = aligner_of(model, settings, options.seed)
+        whole = aligner.encode(references[0], wholes[0].mask)
+        soft = whole.to_reference(correspondence(aligner.attend(crop, whole), crop.mask))
         write_mask(options.raw, soft / soft.max().clamp(min=1e-9))
     closer = crop_for(model, image, mask, model.config.context)
     match = best_match(model, image, mask, closer, references, wholes, settings, options.seed)
@@ -361,6 +362,7 @@ def _settings(options):
         timestep=options.timestep,
         noise_level=options.noise_level,
         cleaning=CleaningSettings(threshold=options.threshold),
+        aligner=options.aligner,
         dense=not options.no_dense,
         levels=options.levels,
         register=not options.no_register,
@@ -454,8 +456,9 @@ def parser() -> argparse.ArgumentParser:
     noise = inputs.add_mutually_exclusive_group()
     noise.add_argument("--timestep", type=int, help="noise at alignment as a step of 50, 0 = the noisiest (default: the model's, 0)")
     noise.add_argument("--noise-level", type=float, metavar="S", help="noise at alignment as its standard deviation, 0-1")
+    inputs.add_argument("--aligner", choices=["attention", "features"], default="attention", help="by the model's cross-attention (the paper), or by the likeness of its encoder's tokens (default: %(default)s)")
     inputs.add_argument("--no-dense", action="store_true", help="M* from the attention of the masked part alone (the paper), not from what all of the crop agrees on")
-    inputs.add_argument("--levels", type=int, default=2, metavar="N", help="looks at the reference, each closer; 1 = the paper (default: %(default)s)")
+    inputs.add_argument("--levels", type=int, default=2, metavar="N", help="looks at the reference at most, each closer; 1 = the paper (default: %(default)s)")
     inputs.add_argument("--no-register", action="store_true", help="leave M* as attention gave it (the paper)")
     inputs.add_argument("--min-confidence", type=float, default=0.03, metavar="C", help="what the registration must reach to be used, 0-1 (default: %(default)s)")
     inputs.add_argument("--threshold", type=float, default=0.4, help="share of the map's peak that belongs to M* (default: %(default)s)")

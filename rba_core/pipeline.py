@@ -9,10 +9,11 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from .alignment import attend, correspondence
+from .alignment import Aligner, CrossAttention, correspondence
 from .collage import Collage, lay_over, transfer_detail
 from .dense_correspondence import Placement, place
 from .errors import InputError
+from .feature_alignment import model_aligner
 from .geometry import Box
 from .model import RefineByAlign
 from .postprocessing import CleaningSettings, MatchedRegion, clean
@@ -28,6 +29,9 @@ DISPROVED = 0.01
 """Below this confidence of the registration the map is held for wrong, too, and Eq. 5 decides: all as in the paper."""
 CLOSE_UP = 2.5
 """Side of the reference that the next level of the alignment sees, in longer sides of M*."""
+SETTLED = 0.15
+"""What M* must have moved in a close-up, as 1 - IoU, for yet another one to be taken."""
+ALIGNERS = ("attention", "features")
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,10 @@ class Settings:
     alignment_context, context      sides of the two zoom-in crops, in sides of the mask
     dense              M* is where the map carries the mask that the attention of all cells agrees on; False = the paper,
                        Eq. 5. Where they do not agree, or registration shows that they are wrong, Eq. 5 decides
-    levels             passes of the dense alignment; from the second on over close-ups of mask and region found
+    aligner            what finds the region: "attention", the model's cross-attention as in the paper; "features", the likeness
+                       of its encoder's tokens; or any `Aligner`, as `FeatureAligner` is one
+    levels             passes of the dense alignment at most; from the second on over close-ups of mask and region found. From
+                       the third on they end where M* has settled, and one in which fewer cells agree does not count
     register           settle M* on the pixels around the mask, see `lay_over`; False = the paper
     min_confidence     what the registration must reach to be used, 0 to 1; below, the tokens alone guide
     strength           how far the refinement may depart from the registered reference, see `refine`; default: the
@@ -61,6 +68,7 @@ class Settings:
     noise_level: float | None = None
     cleaning: CleaningSettings = field(default_factory=CleaningSettings)
     alignment_context: float | None = None
+    aligner: str | Aligner = "attention"
     dense: bool = True
     levels: int = 2
     register: bool = True
@@ -193,19 +201,47 @@ def find_region(
     closer   the crop of the levels after the first
     """
     context = model.config.alignment_context if settings.alignment_context is None else settings.alignment_context
-    crop, seen, region = zoom_crop(image, mask, model.config.image_size, context=context, multiple=model.stride), whole, None
+    aligner, region = aligner_of(model, settings, seed), None
+    crop = zoom_crop(image, mask, model.config.image_size, context=context, multiple=model.stride)
+    seen = whole if settings.aligner == "attention" else aligner.encode(reference, whole.mask)
     for level in range(settings.levels if settings.dense else 1):
         if level:
-            crop, seen = closer, encode_reference(model, reference, close_up(region, whole.mask))
-        attention = attend(model, crop, seen, layer=settings.layer, timestep=settings.timestep, noise_level=settings.noise_level, seed=seed)
+            crop, seen = closer, aligner.encode(reference, close_up(region, whole.mask))
+        attention = aligner.attend(crop, seen)
         found = carried(crop.mask, place(attention, crop, seen.box), seen.mask) if settings.dense else None
+        if level > 1 and not improves(found, region):
+            break
+        before = region
         try:
             region = best_known(found, region, correspondence(attention, crop.mask), seen, settings.cleaning)
         except InputError:
             if settings.on_flat == "error":
                 raise
             return None
+        if level and not moved(before, region):
+            break
     return region
+
+
+def aligner_of(model: RefineByAlign, settings: Settings, seed: int) -> Aligner:
+    """The settings' aligner, made where it is given by name."""
+    if settings.aligner == "attention":
+        return CrossAttention(model, settings.layer, settings.timestep, settings.noise_level, seed)
+    if settings.aligner == "features":
+        return model_aligner(model)
+    if isinstance(settings.aligner, str):
+        raise InputError("aligner", f"{settings.aligner!r} is not known", f"use {' or '.join(ALIGNERS)}")
+    return settings.aligner
+
+
+def improves(found: MatchedRegion | None, before: MatchedRegion) -> bool:
+    """Whether one more close-up has cells that agree as well as those of the close-up before."""
+    return found is not None and (before.placement is None or found.placement.agreement >= before.placement.agreement)
+
+
+def moved(before: MatchedRegion, region: MatchedRegion) -> bool:
+    shared = (before.mask * region.mask).sum() / torch.maximum(before.mask, region.mask).sum()
+    return bool(1 - shared >= SETTLED)
 
 
 def best_known(found: MatchedRegion | None, before: MatchedRegion | None, raw: Tensor, seen: EncodedReference, cleaning: CleaningSettings) -> MatchedRegion:

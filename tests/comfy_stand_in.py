@@ -137,8 +137,9 @@ def load_models_gpu(models, memory_required=0, force_full_load=False):
 def install() -> None:
     """Put the stand-in where the nodes will import ComfyUI from."""
     io = SimpleNamespace(Schema=Schema, ComfyNode=ComfyNode, NodeOutput=NodeOutput, Custom=comfy_type)
-    for name in ("Image", "Mask", "Boolean", "Int", "Float", "String", "Combo"):
+    for name in ("Image", "Mask", "Boolean", "Int", "Float", "String", "Combo", "Model", "Vae", "Conditioning"):
         setattr(io, name, comfy_type(name.upper()))
+    io.ClipVision = comfy_type("CLIP_VISION")
     io.BoundingBox = comfy_type("BOUNDING_BOX")
     cpu = torch.device("cpu")
     modules = {
@@ -147,10 +148,12 @@ def install() -> None:
         "comfy": {},
         "comfy.utils": {"ProgressBar": ProgressBar},
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
+        "comfy.samplers": {"Sampler": type("Sampler", (), {}), "CFGGuider": None},
         "comfy.model_management": {
             "InterruptProcessingException": InterruptProcessingException,
             "throw_exception_if_processing_interrupted": lambda: None,
             "load_models_gpu": load_models_gpu,
+            "load_model_gpu": lambda patcher: None,
             "get_torch_device": lambda: cpu,
             "unet_offload_device": lambda: cpu,
             "intermediate_device": lambda: cpu,

@@ -78,14 +78,14 @@ def test_every_option_of_refine_reaches_the_pipeline(rba, scene, monkeypatch):
 
     monkeypatch.setattr("rba_core.pipeline.refine_by_align", spy)
     options = (
-        "--reference-mask reference_mask.png --layer 8 --timestep 4 --threshold 0.3 --seed 7 --steps 2 --guidance 1.25 --scheduler euler "
+        "--reference-mask reference_mask.png --aligner features --layer 8 --timestep 4 --threshold 0.3 --seed 7 --steps 2 --guidance 1.25 --scheduler euler "
         "--on-flat single-stage --one-crop --context 2.5 --feather 1.5 --no-colour-match --no-dense --levels 3 --no-register --strength 0.4 --detail-transfer 0.5"
     )
     assert rba("refine", "-o", "out.png", *options.split()) == 0
     assert torch.equal(seen["reference_mask"][0], scene.reference_mask)
     assert seen["seed"] == 7
     assert seen["settings"] == Settings(
-        layer=8, timestep=4, cleaning=CleaningSettings(threshold=0.3), steps=2, guidance=1.25, scheduler="euler",
+        aligner="features", layer=8, timestep=4, cleaning=CleaningSettings(threshold=0.3), steps=2, guidance=1.25, scheduler="euler",
         on_flat="single-stage", one_crop=True, context=2.5, feather=1.5, colour_match=False,
         dense=False, levels=3, register=False, strength=0.4, detail_transfer=0.5,
     )  # fmt: skip

@@ -3,6 +3,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+import rba_core.alignment as alignment
 import rba_core.pipeline as pipeline
 from rba_core.collage import Collage
 from rba_core.dense_correspondence import Placement
@@ -10,6 +11,7 @@ from rba_core.errors import InputError
 from rba_core.geometry import Box
 from rba_core.pipeline import Settings, check_inputs, grow, refine_by_align
 from rba_core.postprocessing import MatchedRegion
+from rba_core.reference_encoding import EncodedReference
 
 GREY = torch.full((3, 40, 50), 0.5)
 
@@ -68,14 +70,15 @@ def test_one_region_an_artifact_on_the_object_and_at_the_references_size(model, 
 
 def test_the_steps_come_in_their_order(model, scene, monkeypatch):
     ran = []
-    for name in ("check_inputs", "encode_reference", "attend", "place", "correspondence", "clean", "register", "zoom_crop", "refine", "stitch"):
-        usual = getattr(pipeline, name)
+    of_pipeline = "check_inputs", "encode_reference", "place", "correspondence", "clean", "register", "zoom_crop", "refine", "stitch"
+    for module, name in [*((pipeline, name) for name in of_pipeline), (alignment, "encode_reference"), (alignment, "attend")]:
+        usual = getattr(module, name)
 
         def spy(*args, name=name, usual=usual, **kwargs):
             ran.append(name)
             return usual(*args, **kwargs)
 
-        monkeypatch.setattr(pipeline, name, spy)
+        monkeypatch.setattr(module, name, spy)
     start, end = ["check_inputs", "encode_reference", "zoom_crop", "zoom_crop"], ["register", "encode_reference", "refine", "stitch"]
     run(model, scene, dense=False, levels=1)
     assert ran == [*start, "attend", "correspondence", "clean", *end]
@@ -171,14 +174,14 @@ def test_without_a_reference_mask_the_whole_picture_is_the_object(model, scene):
 
 def test_settings_reach_their_steps(model, scene, monkeypatch):
     seen = {}
-    for name in ("attend", "clean", "refine", "stitch"):
-        usual = getattr(pipeline, name)
+    for module, name in ((alignment, "attend"), (pipeline, "clean"), (pipeline, "refine"), (pipeline, "stitch")):
+        usual = getattr(module, name)
 
         def spy(*args, name=name, usual=usual, **kwargs):
             seen[name] = args, kwargs
             return usual(*args, **kwargs)
 
-        monkeypatch.setattr(pipeline, name, spy)
+        monkeypatch.setattr(module, name, spy)
     cleaning = pipeline.CleaningSettings(threshold=0.3, flatness=0.0)
     run(model, scene, layer=8, timestep=3, cleaning=cleaning, dense=False, steps=2, guidance=1.0, scheduler="euler", strength=0.3, feather=2.0, colour_match=False, seed=4)
     assert {k: seen["attend"][1][k] for k in ("layer", "timestep", "noise_level", "seed")} == dict(layer=8, timestep=3, noise_level=None, seed=4)
@@ -384,3 +387,61 @@ def test_bad_inputs_are_named_before_anything_runs(message):
         check_inputs(**GOOD | BAD[message])
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+class Looking:
+    """An aligner whose d x d cells look where the crop shows them; notes what it is asked."""
+
+    def __init__(self, agreements=()):
+        self.asked, self.agreements = [], list(agreements)
+
+    def encode(self, reference, mask):
+        self.asked.append(("encode", int(mask.sum())))
+        height, width = mask.shape
+        return EncodedReference(torch.zeros(1, 256, 0), Box(0, 0, width, width), (mask > 0.5).float())
+
+    def attend(self, crop, reference):
+        self.asked.append(("attend", crop.box.width))
+        sure = self.agreements.pop(0) if self.agreements else 0.5
+        return sure * torch.eye(256) + (1 - sure) / 256
+
+
+def test_any_aligner_goes_coarse_to_fine(model, scene):
+    looking = Looking()
+    region = run(model, scene, aligner=looking, register=False).regions[0]
+    assert region.placement is not None and region.placement.agreement > 0.2
+    assert [name for name, _ in looking.asked] == ["encode", "attend"] * 2
+    assert looking.asked[2][1] < looking.asked[0][1] and looking.asked[3][1] <= looking.asked[1][1]
+
+
+def test_the_model_s_encoder_may_align(model, scene):
+    found, attention = run(model, scene, aligner="features"), run(model, scene)
+    assert found.regions[0].mask.any() and not torch.equal(found.regions[0].mask, attention.regions[0].mask)
+    assert torch.equal(found.image, run(model, scene, aligner="features", layer=3, timestep=7).image)  # they are attention's
+
+
+def test_an_unknown_aligner_is_refused(model, scene):
+    with pytest.raises(InputError, match="aligner: 'likeness' is not known; use attention or features"):
+        run(model, scene, aligner="likeness")
+
+
+@pytest.mark.parametrize("agreements, looks, kept", [([0.5, 0.5, 0.4, 0.5], 3, 1), ([0.5, 0.5, 0.6, 0.5], 4, 2), ([0.9, 0.5, 0.6, 0.7], 4, 3)])
+def test_from_the_third_look_on_one_counts_only_where_as_many_cells_agree(model, scene, monkeypatch, agreements, looks, kept):
+    looking, sides = Looking(agreements), []
+    monkeypatch.setattr(pipeline, "SETTLED", 0.0)
+    usual = pipeline.place
+
+    def spy(attention, crop, square):
+        sides.append(usual(attention, crop, square))
+        return sides[-1]
+
+    monkeypatch.setattr(pipeline, "place", spy)
+    region = run(model, scene, aligner=looking, levels=4, register=False).regions[0]
+    assert len(sides) == looks and torch.equal(region.placement.affine, sides[kept].affine) and region.placement.agreement == sides[kept].agreement
+
+
+def test_looks_end_where_the_region_has_settled(model, scene, monkeypatch):
+    monkeypatch.setattr(pipeline, "SETTLED", 1.1)
+    looking = Looking()
+    run(model, scene, aligner=looking, levels=4, register=False)
+    assert [name for name, _ in looking.asked] == ["encode", "attend"] * 2

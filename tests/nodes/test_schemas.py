@@ -13,7 +13,7 @@ every_node = pytest.mark.parametrize("node", NODES.values(), ids=NODES)
 def test_ids_are_those_that_saved_workflows_hold():
     assert set(NODES) == {
         "RBA_LoadModel", "RBA_EncodeReference", "RBA_Align", "RBA_PostProcess", "RBA_Register", "RBA_ZoomCrop", "RBA_Refine", "RBA_Stitch",
-        "RBA_RefineByAlign", "RBA_CorrespondencePreview", "RBA_Sample",
+        "RBA_RefineByAlign", "RBA_CorrespondencePreview", "RBA_Sample", "RBA_AlignDINOv2", "RBA_AlignDIFT",
     }
 
 
@@ -55,7 +55,7 @@ def test_defaults_lie_in_their_ranges(node):
 def test_defaults_are_the_library_s(nodes, defaults):
     settings, cleaning = nodes.refinement.Settings(), nodes.refinement.CleaningSettings()
     values = defaults(nodes.refinement.RefineByAlign)
-    same = ("single_stage", "on_flat", "one_crop", "dense", "levels", "register", "min_confidence", "detail_transfer", "feather", "colour_match")
+    same = ("single_stage", "on_flat", "one_crop", "aligner", "dense", "levels", "register", "min_confidence", "detail_transfer", "feather", "colour_match")
     assert {name: values[name] for name in same} == {name: getattr(settings, name) for name in same}
     assert values["margin"] == settings.region_margin
     assert values["strength"] == -1 and settings.strength is None

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import feature_alignment
 from ...geometry import Box
 from ...model import RefineByAlign
 from ...postprocessing import MatchedRegion
@@ -19,7 +20,6 @@ from .opencv import opencv
 from .outcome import Outcome, united
 from .user_weights import StableDiffusion, around_object
 
-TIMESTEP, UP_BLOCK, ENSEMBLE = 261, 1, 8
 POINTS = 10
 CONTEXT = 3.0
 """Side of the crop that the points lie in, in longer sides of the mask."""
@@ -34,29 +34,23 @@ class Dift:
 
     def __call__(self, item: Item, model: RefineByAlign | None, seed: int) -> Outcome:
         square, on_object, box = around_object(item, self.diffusion.size)
-        sought = self.features(square, seed)
+        sought = self.features(square, feature_alignment.REFERENCE, seed)
 
         def region(artifact: Tensor) -> MatchedRegion:
             crop = zoom_crop(item.image, artifact, self.diffusion.size, context=CONTEXT)
-            points = nearest(self.features(crop.image, seed), contour_points(self.cv2, crop.mask), sought, on_object)
+            points = nearest(self.features(crop.image, feature_alignment.CROP, seed), contour_points(self.cv2, crop.mask), sought, on_object)
             corners = np.int32((points + 0.5) * box.width / self.diffusion.size) + np.int32([box.x, box.y])
             mask = torch.from_numpy(self.cv2.fillPoly(np.zeros(item.reference.shape[1:], np.uint8), [corners], 1)).float()
             return MatchedRegion(mask, Box.around(mask), mask)
 
         return Outcome(item.image, reduce(united, map(region, separate(item.mask))))
 
-    @torch.no_grad()
-    def features(self, picture: Tensor, seed: int) -> Tensor:
-        """`[3, S, S]` -> `[C, h, w]`: what the U-Net's up block 1 gives at t = 261 with an empty prompt, mean of 8 noises."""
-        generator, found = torch.Generator().manual_seed(seed), []
-        latents = self.diffusion.encode(picture.expand(ENSEMBLE, -1, -1, -1), generator)
-        noisy = self.diffusion.scheduler.add_noise(latents, torch.randn(latents.shape, generator=generator), torch.tensor([TIMESTEP]))
-        hook = self.diffusion.unet.up_blocks[UP_BLOCK].register_forward_hook(lambda block, given, features: found.append(features))
-        try:
-            self.diffusion.predict(noisy, torch.tensor(TIMESTEP), self.diffusion.text([""]).expand(ENSEMBLE, -1, -1))
-        finally:
-            hook.remove()
-        return found[0].float().mean(0).cpu()
+    def features(self, picture: Tensor, which: int, seed: int) -> Tensor:
+        """`[3, S, S]` -> `[C, h, w]`, with an empty prompt."""
+        diffusion = self.diffusion
+        with torch.no_grad():
+            prompt = diffusion.text([""])
+        return feature_alignment.Dift(diffusion.vae, diffusion.unet, diffusion.scheduler, prompt, diffusion.size, seed=seed)(picture, which).cpu()
 
 
 def contour_points(cv2, mask: Tensor) -> np.ndarray:

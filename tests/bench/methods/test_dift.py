@@ -6,6 +6,7 @@ from pictures import texture
 from rba_core.bench import metrics
 from rba_core.bench.dataset import Item
 from rba_core.bench.methods.dift import POINTS, Dift, contour_points, nearest
+from rba_core.feature_alignment import CROP
 
 
 def test_nearest_finds_the_same_feature_elsewhere():
@@ -44,6 +45,6 @@ def test_a_picture_matched_with_itself_gives_the_mask(sd_folder):
 def test_features_are_those_of_the_second_up_block(sd_folder):
     pytest.importorskip("cv2")
     method = Dift(sd_folder, "cpu", torch.float32)
-    features = method.features(texture(64, 64), 0)
+    features = method.features(texture(64, 64), CROP, 0)
     assert features.shape == (32, 4, 4)
-    assert torch.equal(features, method.features(texture(64, 64), 0)) and not torch.equal(features, method.features(texture(64, 64), 1))
+    assert torch.equal(features, method.features(texture(64, 64), CROP, 0)) and not torch.equal(features, method.features(texture(64, 64), CROP, 1))
