@@ -332,6 +332,14 @@ def convert_sd15(options) -> None:
     print(f"{options.folder}  (left aside: {told or 'nothing'})")
 
 
+def convert_anydoor(options) -> None:
+    from .conversion import import_anydoor
+
+    aside = import_anydoor(options.checkpoint, options.folder)
+    told = ", ".join(f"{count} {name}" for name, count in aside.items())
+    print(f"{options.folder}  (left aside: {told or 'nothing'})")
+
+
 def convert_to_ldm(options) -> None:
     from .conversion import export_ldm
     from .model import RefineByAlign
@@ -593,7 +601,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=int, metavar="N", help="of each leg, instead of the plan's")
     command.set_defaults(command=train)
 
-    converts = commands.add_parser("convert", help="make a model folder of Stable Diffusion 1.5 and DINOv2, or the way back").add_subparsers(required=True, metavar="WHAT")
+    converts = commands.add_parser("convert", help="make a model folder of Stable Diffusion 1.5 and DINOv2, or of AnyDoor, or the way back").add_subparsers(required=True, metavar="WHAT")
 
     command = converts.add_parser("sd15", help="the start of training, from Stable Diffusion 1.5 or its inpainting version")
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="a .safetensors or .ckpt file, or a folder in the layout of diffusers")
@@ -602,6 +610,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--mlp", metavar="FILE", help="the .mlp.safetensors that to-ldm wrote (default: an untrained MLP)")
     command.add_argument("--seed", type=int, default=0, help="of the untrained MLP (default: %(default)s)")
     command.set_defaults(command=convert_sd15)
+
+    command = converts.add_parser("anydoor", help="AnyDoor, for both stages, as it is")
+    command.add_argument("checkpoint", metavar="CKPT", help="its .ckpt, or a .safetensors with the same names; mapped, not read into memory")
+    command.add_argument("folder", metavar="DIR", help="the model folder, new")
+    command.set_defaults(command=convert_anydoor)
 
     command = converts.add_parser("to-ldm", help="U-Net and autoencoder as ComfyUI loads a checkpoint; DINOv2 and MLP beside it")
     command.add_argument("model", metavar="MODEL", help="a model folder of the config sd1x")

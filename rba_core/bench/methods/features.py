@@ -27,7 +27,7 @@ def features(item: Item, model: RefineByAlign, seed: int) -> Outcome:
     """The encoder alone aligns, by the likeness of its tokens of the crop and of the reference; then as `detail`."""
     whole = encode_reference(model, item.reference, item.object_mask)
     crop = crop_for(model, item.image, item.mask, model.config.alignment_context)
-    square, _ = segment(item.reference, item.object_mask, model.config.reference_fill)
+    square, _ = segment(item.reference, item.object_mask, model.config.reference_fill, model.config.reference_margin)
     side = model.encoder_size
     query, key = F.normalize(model.tokens(torch.stack([resize(picture, side, side) for picture in (crop.image, square)])).float(), dim=-1)
     attention = (query @ key.T / TEMPERATURE).softmax(-1)
