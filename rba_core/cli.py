@@ -579,7 +579,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(command=bench_study_table)
 
     command = benches.add_parser("speed", parents=[machine], help="how long the parts of the method take, and how much of it is overhead")
-    command.add_argument("--size", default="tiny", metavar="S", help="tiny, the shipped model; sd15 or sd21, Stable Diffusion's sizes with random weights (default: %(default)s)")
+    command.add_argument("--size", default="tiny", metavar="S", help="tiny, the shipped model; sd15, sd21 or anydoor at full size with random weights (default: %(default)s)")
     command.add_argument("--steps", type=int, metavar="N", help="denoising steps of the refinement (default: the model's)")
     command.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds, of which the medians are told (default: %(default)s)")
     command.add_argument("--warm-up", type=int, default=1, metavar="N", help="rounds before them that do not count; 0 where a round takes minutes (default: %(default)s)")

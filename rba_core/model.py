@@ -268,9 +268,10 @@ class RefineByAlign(nn.Module):
 
         Beside a detail encoder it is that one's hint, its pixels folded into channels of the latents' grid.
         """
-        pictures, masks = pictures.to(self.device, self.dtype), masks.to(self.device, self.dtype)
         if self.detail_encoder is not None:
-            return F.pixel_unshuffle(torch.stack([make_hint(picture, mask[0], detail) for picture, mask in zip(pictures, masks)]), self.stride)
+            hints = torch.stack([make_hint(picture, mask[0], detail) for picture, mask in zip(pictures, masks)])
+            return F.pixel_unshuffle(hints, self.stride).to(self.device, self.dtype)
+        pictures, masks = pictures.to(self.device, self.dtype), masks.to(self.device, self.dtype)
         blanked = pictures * (1 - masks) + 0.5 * masks
         latents = self.encode_image(blanked)
         channels = [F.adaptive_max_pool2d(masks, latents.shape[-2:]), latents]

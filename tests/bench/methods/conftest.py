@@ -12,6 +12,7 @@ from pictures import texture
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
 from rba_core.bench.dataset import BenchmarkSet
+from rba_core.model import RefineByAlign
 
 
 @pytest.fixture
@@ -110,4 +111,18 @@ def example_folder(tmp_path_factory):
     ))  # fmt: skip
     extractor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     PaintByExamplePipeline(autoencoder(), image_encoder, network(9), schedule(), None, extractor).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def anydoor_folder(small_anydoor, tmp_path_factory):
+    """AnyDoor with random weights and two steps."""
+    folder = tmp_path_factory.mktemp("weights") / "anydoor"
+    torch.manual_seed(2)
+    model = RefineByAlign.from_config(small_anydoor | {"model": small_anydoor["model"] | {"steps": 2}})
+    with torch.no_grad():
+        for name, weight in model.detail_encoder.named_parameters():
+            if name.startswith("controlnet_"):  # zero before training
+                torch.nn.init.normal_(weight, std=0.1)
+    model.save(folder)
     return folder
