@@ -17,7 +17,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Dinov2Config, Dinov2Model
+from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersModel
 from transformers.utils import logging as transformers_logging
 
 from .autoencoder import BlockAutoencoder
@@ -25,6 +25,7 @@ from .detail_encoder import DetailEncoder, make_hint
 from .errors import InputError
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "BlockAutoencoder": BlockAutoencoder}
+ENCODERS = {"dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel}
 CONFIGS = Path(__file__).parent / "configs"
 PRETRAINED = Path(__file__).parent / "pretrained"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -176,14 +177,15 @@ class RefineByAlign(nn.Module):
     unet        `UNet2DConditionModel` with 16 cross-attention layers in SD topology; input channels
                 [z_t, M_a, masked latents, collage, context features], or z_t alone beside a detail encoder
     stem        convolution in front of it, where the config asks for one
-    encoder     `Dinov2Model`, phi
+    encoder     `Dinov2Model`, phi, or the one with registers, whose tokens are dropped
     projector   the MLP: tokens -> context of the U-Net
     scheduler   noise schedule
     detail_encoder    where the config asks for one; runs whenever the U-Net does, on the hint that `unet_input` puts behind the latents
     """
 
     def __init__(
-        self, config: ModelConfig, vae: AutoencoderKL | BlockAutoencoder, unet: UNet2DConditionModel, encoder: Dinov2Model, scheduler: DDIMScheduler,
+        self, config: ModelConfig, vae: AutoencoderKL | BlockAutoencoder, unet: UNet2DConditionModel, encoder: Dinov2Model | Dinov2WithRegistersModel,
+        scheduler: DDIMScheduler,
         detail_encoder: DetailEncoder | None = None,
     ):  # fmt: skip
         super().__init__()
@@ -235,7 +237,9 @@ class RefineByAlign(nn.Module):
         pictures = imagenet_normalised(pictures.to(self.device, self.dtype))
         if self.stem is not None:
             pictures = self.stem(pictures)
-        return self.encoder(pictures).last_hidden_state[:, 0 if class_token else 1 :]
+        hidden = self.encoder(pictures).last_hidden_state
+        patches = hidden[:, 1 + getattr(self.encoder.config, "num_register_tokens", 0) :]
+        return torch.cat([hidden[:, :1], patches], 1) if class_token else patches
 
     def embed(self, pictures: Tensor) -> Tensor:
         """Eq. 3, E = MLP(phi(I_r)): `[B, 3, 224, 224]` -> `[B, 256, C]`, or 257 with the class token."""
@@ -365,7 +369,7 @@ class RefineByAlign(nn.Module):
                 ModelConfig(**settings),
                 read_part(autoencoder, folder / "vae"),
                 read_part(UNet2DConditionModel, folder / "unet"),
-                read_part(Dinov2Model, folder / "encoder"),
+                read_part(ENCODERS[json.loads((folder / "encoder" / "config.json").read_text())["model_type"]], folder / "encoder"),
                 DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True),
                 read_part(DetailEncoder, folder / "detail_encoder") if settings.get("detail_encoder") else None,
             )

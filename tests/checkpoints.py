@@ -200,7 +200,8 @@ def dinov2_tokens(state: dict[str, Tensor], pictures: Tensor) -> Tensor:
     if patches.shape[-1] != side:
         positions = F.interpolate(positions, scale_factor=tuple((cells + 0.1) / side for cells in patches.shape[-2:]), mode="bicubic")
     patches = (patches + positions).flatten(2).mT
-    x = torch.cat([(state["cls_token"] + state["pos_embed"][:, :1]).expand(len(patches), -1, -1), patches], 1)
+    before = torch.cat([state["cls_token"] + state["pos_embed"][:, :1], *([state["register_tokens"]] if "register_tokens" in state else [])], 1)
+    x = torch.cat([before.expand(len(patches), -1, -1), patches], 1)
     for number in range(sum(name.endswith("ls1.gamma") for name in state)):
         block = f"blocks.{number}"
         q, k, v = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").unflatten(-1, (3, heads, 64)).permute(2, 0, 3, 1, 4)

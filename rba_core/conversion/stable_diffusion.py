@@ -211,6 +211,7 @@ def export_ldm(model: RefineByAlign, file: str | Path) -> list[Path]:
         "context features": model.config.context_features > 0,
         "a convolutional stem": model.stem is not None,
         "a detail encoder": model.detail_encoder is not None,
+        "registers in DINOv2": hasattr(model.encoder.config, "num_register_tokens"),
         f"attention heads of DINOv2 that have not {HEAD_WIDTH} channels": model.encoder.config.hidden_size != HEAD_WIDTH * model.encoder.config.num_attention_heads,
     }
     if found := [what for what, has in foreign.items() if has]:
