@@ -534,7 +534,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = benches.add_parser("run", parents=[model, weights], help="measure methods on benchmark sets; goes on where it stopped, and under `accelerate launch` shares the work")
     command.add_argument("sets", nargs="+", metavar="SET", help="folder with index.jsonl")
-    command.add_argument("--methods", default="none,telea,sift-warp,paper,detail", help="comma-separated; also single-stage, no-reference, features, unregistered, oracle, oracle-warp, and with weights of your own paint-by-example, sd-inpainting, cross-image-attention, dift (default: %(default)s)")
+    command.add_argument("--methods", default="none,telea,sift-warp,paper,detail", help="comma-separated; also single-stage, no-reference, features, unregistered, oracle, oracle-warp, and with weights of your own paint-by-example, sd-inpainting, cross-image-attention, dift, anydoor (default: %(default)s)")
     command.add_argument("--judges", default="kgain", metavar="NAME[=PATH],…", help="further metrics: kgain, ocr, and by weights of yours, from PATH or the hub's cache, clip, dino and lpips (default: %(default)s)")
     command.add_argument("--limit", type=int, metavar="N", help="only the first N items of each")
     command.add_argument("-o", "--out", default="rba-bench", metavar="DIR", help="report.html, a JSON file and a contact sheet for each set, and what is kept of each item (default: %(default)s)")

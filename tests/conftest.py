@@ -113,6 +113,19 @@ def small_anydoor() -> dict:
     }
 
 
+@pytest.fixture(scope="session")
+def anydoor(small_anydoor) -> RefineByAlign:
+    """Random weights, two steps; leave it as it is."""
+    torch.manual_seed(0)
+    model = RefineByAlign.from_config(small_anydoor | {"model": small_anydoor["model"] | {"steps": 2}})
+    with torch.no_grad():
+        for name, weight in model.detail_encoder.named_parameters():
+            if name.startswith("controlnet_"):  # zero before training
+                torch.nn.init.normal_(weight, std=0.1)
+        cross_attentions(model.unet)[model.config.alignment_layer].to_k.weight.mul_(60)
+    return model
+
+
 @dataclass(frozen=True)
 class Scene:
     image: Tensor

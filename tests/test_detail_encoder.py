@@ -7,29 +7,15 @@ import pytest
 import torch
 from pictures import texture
 
-from rba_core.alignment import attend, attention_at, cross_attentions, noised, over_patches
+from rba_core.alignment import attend, attention_at, noised, over_patches
 from rba_core.bench.grid_search import attend_everywhere
 from rba_core.detail_encoder import high_frequency_map, make_hint
 from rba_core.errors import InputError
-from rba_core.model import RefineByAlign
 from rba_core.pipeline import Settings, refine_by_align
 from rba_core.reference_encoding import encode_reference
 from rba_core.refinement import refine
 from rba_core.training import train
 from rba_core.zoom_crop import crop_for
-
-
-@pytest.fixture(scope="module")
-def anydoor(small_anydoor) -> RefineByAlign:
-    torch.manual_seed(0)
-    parts = small_anydoor | {"model": small_anydoor["model"] | {"steps": 2}}
-    model = RefineByAlign.from_config(parts)
-    with torch.no_grad():
-        for name, weight in model.detail_encoder.named_parameters():
-            if name.startswith("controlnet_"):  # zero before training
-                torch.nn.init.normal_(weight, std=0.1)
-        cross_attentions(model.unet)[model.config.alignment_layer].to_k.weight.mul_(60)
-    return model
 
 
 def test_the_map_is_opencvs():

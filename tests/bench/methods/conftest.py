@@ -12,7 +12,6 @@ from pictures import texture
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
 from rba_core.bench.dataset import BenchmarkSet
-from rba_core.model import RefineByAlign
 
 
 @pytest.fixture
@@ -115,14 +114,7 @@ def example_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def anydoor_folder(small_anydoor, tmp_path_factory):
-    """AnyDoor with random weights and two steps."""
+def anydoor_folder(anydoor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights") / "anydoor"
-    torch.manual_seed(2)
-    model = RefineByAlign.from_config(small_anydoor | {"model": small_anydoor["model"] | {"steps": 2}})
-    with torch.no_grad():
-        for name, weight in model.detail_encoder.named_parameters():
-            if name.startswith("controlnet_"):  # zero before training
-                torch.nn.init.normal_(weight, std=0.1)
-    model.save(folder)
+    anydoor.save(folder)
     return folder
