@@ -27,7 +27,8 @@ Model = io.Custom("RBA_MODEL")
 """A `ModelPatcher` around a `RefineByAlignModel`."""
 
 Reference = io.Custom("RBA_REFERENCE")
-"""A list, one a picture of the batch, of `{"embedding": [1, N², C], "box": {x, y, width, height}, "mask": [H, W]}`."""
+"""A list, one a picture of the batch, of `{"embedding": [1, N², C], "box": {x, y, width, height}, "mask": [H, W]}`, and
+"detail": [3, 256, 256] of a model with a detail encoder."""
 
 Attention = io.Custom("RBA_ATTENTION")
 """A list, one a picture of the batch, of `[d², N²]`: where each cell of a crop looks in a reference."""
@@ -114,7 +115,8 @@ def collages(collage: Tensor | None, collage_mask: Tensor | None) -> list[Collag
 
 
 def plain(encoded: EncodedReference) -> dict[str, Any]:
-    return {"embedding": encoded.embedding.to(model_management.intermediate_device()), "box": asdict(encoded.box), "mask": encoded.mask}
+    detail = {} if encoded.detail is None else {"detail": encoded.detail}
+    return {"embedding": encoded.embedding.to(model_management.intermediate_device()), "box": asdict(encoded.box), "mask": encoded.mask, **detail}
 
 
 def encoded(reference: dict[str, Any], model: RefineByAlign | None = None) -> EncodedReference:
@@ -124,7 +126,7 @@ def encoded(reference: dict[str, Any], model: RefineByAlign | None = None) -> En
         if embedding.shape[-1] != model.unet.config.cross_attention_dim:
             raise InputError("reference", "was encoded by another model", "encode it with the model that reads it")
         embedding = embedding.to(model.device, model.dtype)
-    return EncodedReference(embedding, Box(**reference["box"]), reference["mask"])
+    return EncodedReference(embedding, Box(**reference["box"]), reference["mask"], reference.get("detail"))
 
 
 def boxes_out(boxes: list[Box]) -> dict | list[list[dict]]:

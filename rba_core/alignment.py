@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,6 +69,12 @@ def attention_at(unet: UNet2DConditionModel, layer: int, sample: Tensor, timeste
     raise RuntimeError(f"cross-attention layer {layer} did not run")
 
 
+def over_patches(attention: Tensor) -> Tensor:
+    """Attention `[d², T]` over the patches alone, `[d², N²]`: without a class token before them, rows again of sum 1."""
+    count = math.isqrt(attention.shape[1]) ** 2
+    return attention if count == attention.shape[1] else F.normalize(attention[:, -count:], p=1, dim=1)
+
+
 def correspondence(attention: Tensor, mask: Tensor) -> Tensor:
     """Eq. 5: M^(t,l) = sum_ij M_a[i,j] A[i,j,:], normalised to sum 1, as `[N, N]`; M_a `[S, S]` resized to d x d."""
     weights = F.adaptive_avg_pool2d(mask[None, None].float(), round(len(attention) ** 0.5)).flatten().to(attention)
@@ -105,7 +112,7 @@ def attend(
     step = model.noise_step(model.config.alignment_timestep if timestep is None else timestep, noise_level)
     sample = noised(model, crop, step, seed)
     residuals = model.context_residuals(sample)
-    return attention_at(model.unet, layer, sample, step.to(sample.device), reference.embedding, **residuals)
+    return over_patches(attention_at(model.unet, layer, sample, step.to(sample.device), reference.embedding, **residuals))
 
 
 def align(model, crop: ZoomCrop, reference: EncodedReference, **options) -> Tensor:

@@ -333,6 +333,14 @@ def convert_sd15(options) -> None:
     print(f"{options.folder}  (left aside: {told or 'nothing'})")
 
 
+def convert_anydoor(options) -> None:
+    from .conversion import import_anydoor
+
+    aside = import_anydoor(options.checkpoint, options.folder)
+    told = ", ".join(f"{count} {name}" for name, count in aside.items())
+    print(f"{options.folder}  (left aside: {told or 'nothing'})")
+
+
 def convert_to_ldm(options) -> None:
     from .conversion import export_ldm
     from .model import RefineByAlign
@@ -529,7 +537,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = benches.add_parser("run", parents=[model, weights], help="measure methods on benchmark sets; goes on where it stopped, and under `accelerate launch` shares the work")
     command.add_argument("sets", nargs="+", metavar="SET", help="folder with index.jsonl")
-    command.add_argument("--methods", default="none,telea,sift-warp,paper,detail", help="comma-separated; also single-stage, no-reference, features, unregistered, oracle, oracle-warp, and with weights of your own paint-by-example, sd-inpainting, cross-image-attention, dift (default: %(default)s)")
+    command.add_argument("--methods", default="none,telea,sift-warp,paper,detail", help="comma-separated; also single-stage, no-reference, features, unregistered, oracle, oracle-warp, and with weights of your own paint-by-example, sd-inpainting, cross-image-attention, dift, anydoor (default: %(default)s)")
     command.add_argument("--judges", default="kgain", metavar="NAME[=PATH],…", help="further metrics: kgain, ocr, and by weights of yours, from PATH or the hub's cache, clip, dino and lpips (default: %(default)s)")
     command.add_argument("--limit", type=int, metavar="N", help="only the first N items of each")
     command.add_argument("-o", "--out", default="rba-bench", metavar="DIR", help="report.html, a JSON file and a contact sheet for each set, and what is kept of each item (default: %(default)s)")
@@ -574,7 +582,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(command=bench_study_table)
 
     command = benches.add_parser("speed", parents=[machine], help="how long the parts of the method take, and how much of it is overhead")
-    command.add_argument("--size", default="tiny", metavar="S", help="tiny, the shipped model; sd15 or sd21, Stable Diffusion's sizes with random weights (default: %(default)s)")
+    command.add_argument("--size", default="tiny", metavar="S", help="tiny, the shipped model; sd15, sd21 or anydoor at full size with random weights (default: %(default)s)")
     command.add_argument("--steps", type=int, metavar="N", help="denoising steps of the refinement (default: the model's)")
     command.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds, of which the medians are told (default: %(default)s)")
     command.add_argument("--warm-up", type=int, default=1, metavar="N", help="rounds before them that do not count; 0 where a round takes minutes (default: %(default)s)")
@@ -596,7 +604,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=int, metavar="N", help="of each leg, instead of the plan's")
     command.set_defaults(command=train)
 
-    converts = commands.add_parser("convert", help="make a model folder of Stable Diffusion 1.5 and DINOv2, or the way back").add_subparsers(required=True, metavar="WHAT")
+    converts = commands.add_parser("convert", help="make a model folder of Stable Diffusion 1.5 and DINOv2, or of AnyDoor, or the way back").add_subparsers(required=True, metavar="WHAT")
 
     command = converts.add_parser("sd15", help="the start of training, from Stable Diffusion 1.5 or its inpainting version")
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="a .safetensors or .ckpt file, or a folder in the layout of diffusers")
@@ -605,6 +613,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--mlp", metavar="FILE", help="the .mlp.safetensors that to-ldm wrote (default: an untrained MLP)")
     command.add_argument("--seed", type=int, default=0, help="of the untrained MLP (default: %(default)s)")
     command.set_defaults(command=convert_sd15)
+
+    command = converts.add_parser("anydoor", help="AnyDoor, for both stages, as it is")
+    command.add_argument("checkpoint", metavar="CKPT", help="its .ckpt, or a .safetensors with the same names; mapped, not read into memory")
+    command.add_argument("folder", metavar="DIR", help="the model folder, new")
+    command.set_defaults(command=convert_anydoor)
 
     command = converts.add_parser("to-ldm", help="U-Net and autoencoder as ComfyUI loads a checkpoint; DINOv2 and MLP beside it")
     command.add_argument("model", metavar="MODEL", help="a model folder of the config sd1x")

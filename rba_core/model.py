@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,13 +17,15 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Dinov2Config, Dinov2Model
+from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersModel
 from transformers.utils import logging as transformers_logging
 
 from .autoencoder import BlockAutoencoder
+from .detail_encoder import DetailEncoder, make_hint
 from .errors import InputError
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "BlockAutoencoder": BlockAutoencoder}
+ENCODERS = {"dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel}
 CONFIGS = Path(__file__).parent / "configs"
 PRETRAINED = Path(__file__).parent / "pretrained"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -42,8 +45,12 @@ class ModelConfig:
                         and layout often survive in it
     collage             the U-Net sees the registered reference inside the mask (latents, and where they are
                         valid), as AnyDoor's sees its detail map; False = tokens alone
+    class_token         the U-Net reads the class token, too, before the patches', all through one linear layer, and guidance
+                        holds them against those of a black picture, not against zeros: AnyDoor
+    detail_encoder      the U-Net takes latents alone, and a `DetailEncoder` shows it the crop: AnyDoor
     collage_strength    how far from the collage the refinement departs by default, where registration is least sure
     reference_fill      grey level around a segmented reference, 0 to 1
+    reference_margin    side of the square around it, in its own longer sides
     alignment_*         layer l and timestep t of Eq. 5, and the crop's side in sides of the mask
     context             the same for the refinement's crop
     steps, guidance, scheduler    the sampler's defaults
@@ -54,7 +61,10 @@ class ModelConfig:
     context_features: int = 0
     collage: bool = False
     collage_strength: float = 0.5
+    class_token: bool = False
+    detail_encoder: bool = False
     reference_fill: float = 0.5
+    reference_margin: float = 1.0
     alignment_layer: int = 9
     alignment_timestep: int = 0
     alignment_context: float = 3.0
@@ -62,6 +72,9 @@ class ModelConfig:
     steps: int = 8
     guidance: float = 2.0
     scheduler: str = "ddim"
+
+    def write(self, folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
 def imagenet_normalised(pictures: Tensor) -> Tensor:
@@ -125,6 +138,30 @@ def read_part(kind: type, source: str | Path, unused: tuple[str, ...] = ()) -> n
     return part
 
 
+@contextmanager
+def written_whole(folder: str | Path) -> Iterator[Path]:
+    """A new folder to write to, which takes the place of `folder` in the end, or is gone where anything fails."""
+    folder = Path(folder)
+    partial, former = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "former"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.rglob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes 0600, unreadable for a server under another user
+        if folder.exists():
+            os.replace(folder, former)
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            if former.exists():
+                os.replace(former, folder)
+            raise
+    finally:
+        for leftover in (partial, former):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def read_config(name: str) -> dict:
     """Of each part of a model, and of the model, the config in `configs/`."""
     path = CONFIGS / f"{name}.json"
@@ -138,26 +175,37 @@ class RefineByAlign(nn.Module):
 
     vae         `AutoencoderKL`, or the small `BlockAutoencoder`
     unet        `UNet2DConditionModel` with 16 cross-attention layers in SD topology; input channels
-                [z_t, M_a, masked latents, collage, context features]
+                [z_t, M_a, masked latents, collage, context features], or z_t alone beside a detail encoder
     stem        convolution in front of it, where the config asks for one
-    encoder     `Dinov2Model`, phi
+    encoder     `Dinov2Model`, phi, or the one with registers, whose tokens are dropped
     projector   the MLP: tokens -> context of the U-Net
     scheduler   noise schedule
+    detail_encoder    where the config asks for one; runs whenever the U-Net does, on the hint that `unet_input` puts behind the latents
     """
 
-    def __init__(self, config: ModelConfig, vae: AutoencoderKL | BlockAutoencoder, unet: UNet2DConditionModel, encoder: Dinov2Model, scheduler: DDIMScheduler):
+    def __init__(
+        self, config: ModelConfig, vae: AutoencoderKL | BlockAutoencoder, unet: UNet2DConditionModel, encoder: Dinov2Model | Dinov2WithRegistersModel,
+        scheduler: DDIMScheduler,
+        detail_encoder: DetailEncoder | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.config = config
         self.vae, self.unet, self.encoder, self.scheduler = vae, unet, encoder, scheduler
         self.stem = nn.Sequential(nn.Conv2d(3, config.encoder_stem, 7, stride=2, padding=3), nn.GELU()) if config.encoder_stem else None
         width, context = encoder.config.hidden_size, unet.config.cross_attention_dim
-        self.projector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, context), nn.GELU(), nn.Linear(context, context))
+        if config.class_token:
+            self.projector = nn.Linear(width, context)
+        else:
+            self.projector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, context), nn.GELU(), nn.Linear(context, context))
         self.context_projector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.context_features)) if config.context_features else None
         self.context_adapter = ContextAdapter(config.context_features, unet.config) if config.context_features else None
+        self.detail_encoder = detail_encoder
         collage = vae.config.latent_channels + 1 if config.collage else 0
-        expected = 2 * vae.config.latent_channels + 1 + collage + config.context_features
+        expected = vae.config.latent_channels if config.detail_encoder else 2 * vae.config.latent_channels + 1 + collage + config.context_features
         if unet.config.in_channels != expected:
             raise InputError("unet config", f"has {unet.config.in_channels} input channels", f"this model's parts need {expected}")
+        if detail_encoder is not None:
+            unet.register_forward_pre_hook(self._show_detail, with_kwargs=True)
 
     @property
     def device(self) -> torch.device:
@@ -184,16 +232,25 @@ class RefineByAlign(nn.Module):
         """Side of what one token covers, pixels of the encoder's input."""
         return self.encoder.config.patch_size * (2 if self.stem is not None else 1)
 
-    def tokens(self, pictures: Tensor) -> Tensor:
-        """phi: `[B, 3, 224, 224]` in [0, 1] -> `[B, 256, hidden]`, class token dropped."""
+    def tokens(self, pictures: Tensor, *, class_token: bool = False) -> Tensor:
+        """phi: `[B, 3, 224, 224]` in [0, 1] -> `[B, 256, hidden]`, class token dropped, or kept as the first of 257."""
         pictures = imagenet_normalised(pictures.to(self.device, self.dtype))
         if self.stem is not None:
             pictures = self.stem(pictures)
-        return self.encoder(pictures).last_hidden_state[:, 1:]
+        hidden = self.encoder(pictures).last_hidden_state
+        patches = hidden[:, 1 + getattr(self.encoder.config, "num_register_tokens", 0) :]
+        return torch.cat([hidden[:, :1], patches], 1) if class_token else patches
 
     def embed(self, pictures: Tensor) -> Tensor:
-        """Eq. 3, E = MLP(phi(I_r)): `[B, 3, 224, 224]` -> `[B, 256, C]`."""
-        return self.projector(self.tokens(pictures))
+        """Eq. 3, E = MLP(phi(I_r)): `[B, 3, 224, 224]` -> `[B, 256, C]`, or 257 with the class token."""
+        return self.projector(self.tokens(pictures, class_token=self.config.class_token))
+
+    @torch.no_grad()
+    def unconditional(self, embedding: Tensor) -> Tensor:
+        """What classifier-free guidance holds against an embedding: zeros, as in training, or a black picture's."""
+        if not self.config.class_token:
+            return torch.zeros_like(embedding)
+        return self.embed(torch.zeros(1, 3, self.encoder_size, self.encoder_size)).expand_as(embedding)
 
     def encode_image(self, pictures: Tensor) -> Tensor:
         """`[B, 3, S, S]` in [0, 1] -> scaled latents `[B, c, S / stride, S / stride]` (the mode, no sampling)."""
@@ -204,12 +261,20 @@ class RefineByAlign(nn.Module):
         """The way back: `[B, 3, S, S]` in [0, 1], float32."""
         return (self.vae.decode(latents / self.vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    def inpainting_condition(self, pictures: Tensor, masks: Tensor, *, seen: Tensor | None = None, collage: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def inpainting_condition(
+        self, pictures: Tensor, masks: Tensor, *, seen: Tensor | None = None, collage: tuple[Tensor, Tensor] | None = None, detail: Tensor | None = None
+    ) -> Tensor:
         """What the U-Net knows of the crop, `[B, channels, h, w]`: M_a, latents of the picture without what M_a
         covers, the same with the collage in its place, and context features of the blanked picture, or of `seen`.
 
         collage   picture `[B, 3, S, S]` in [0, 1] and where it is valid `[B, 1, S, S]`
+        detail    high-frequency map of the reference `[3, 256, 256]`
+
+        Beside a detail encoder it is that one's hint, its pixels folded into channels of the latents' grid.
         """
+        if self.detail_encoder is not None:
+            hints = torch.stack([make_hint(picture, mask[0], detail) for picture, mask in zip(pictures, masks)])
+            return F.pixel_unshuffle(hints, self.stride).to(self.device, self.dtype)
         pictures, masks = pictures.to(self.device, self.dtype), masks.to(self.device, self.dtype)
         blanked = pictures * (1 - masks) + 0.5 * masks
         latents = self.encode_image(blanked)
@@ -233,6 +298,11 @@ class RefineByAlign(nn.Module):
     def context_residuals(self, sample: Tensor) -> dict:
         """Keyword arguments of the U-Net that carry the context features of its input; none for the paper's U-Net."""
         return self.context_adapter(sample[:, -self.config.context_features :]) if self.context_adapter is not None else {}
+
+    def _show_detail(self, unet: UNet2DConditionModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        sample, timestep, context = args
+        latents, hint = sample.split([unet.config.in_channels, sample.shape[1] - unet.config.in_channels], 1)
+        return (latents, timestep, context), kwargs | self.detail_encoder(F.pixel_shuffle(hint, self.stride), timestep, context)
 
     def add_noise(self, latents: Tensor, noise: Tensor, step: Tensor) -> Tensor:
         return self.scheduler.add_noise(latents, noise, step)
@@ -265,35 +335,19 @@ class RefineByAlign(nn.Module):
                 autoencoder = AUTOENCODERS[vae.pop("_class_name")](**vae).to(dtype)
                 torch.set_default_dtype(dtype)
                 unet, encoder = UNet2DConditionModel(**parts["unet"]), Dinov2Model(Dinov2Config(**parts["encoder"]))
-                return cls(ModelConfig(**parts["model"]), autoencoder, unet, encoder, scheduler).eval()
+                detail_encoder = DetailEncoder(**parts["detail_encoder"]) if "detail_encoder" in parts else None
+                return cls(ModelConfig(**parts["model"]), autoencoder, unet, encoder, scheduler, detail_encoder).eval()
         finally:
             torch.set_default_dtype(usual)
 
     def save(self, folder: str | Path) -> None:
         """Write a folder of safetensors and JSON, each part in its library's own layout; whole or not at all."""
-        folder = Path(folder)
-        partial, former = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "former"))
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            (partial / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        with written_whole(folder) as partial:
+            self.config.write(partial)
             with quiet():
-                for part in ("vae", "unet", "encoder", "scheduler"):
+                for part in ("vae", "unet", "encoder", "scheduler", *(["detail_encoder"] if self.config.detail_encoder else [])):
                     getattr(self, part).save_pretrained(partial / part)
             save_file({k: v.contiguous() for k, v in self._own_state().items()}, partial / "projector.safetensors")
-            for file in partial.rglob("*.safetensors"):
-                file.chmod(0o644)  # safetensors writes 0600, unreadable for a server under another user
-            if folder.exists():
-                os.replace(folder, former)
-            try:
-                os.replace(partial, folder)
-            except OSError:
-                if former.exists():
-                    os.replace(former, folder)
-                raise
-        finally:
-            for leftover in (partial, former):
-                shutil.rmtree(leftover, ignore_errors=True)
 
     def _own_state(self) -> dict[str, Tensor]:
         return {k: v for k, v in self.state_dict().items() if k.startswith(("projector.", "context_", "stem."))}
@@ -315,8 +369,9 @@ class RefineByAlign(nn.Module):
                 ModelConfig(**settings),
                 read_part(autoencoder, folder / "vae"),
                 read_part(UNet2DConditionModel, folder / "unet"),
-                read_part(Dinov2Model, folder / "encoder"),
+                read_part(ENCODERS[json.loads((folder / "encoder" / "config.json").read_text())["model_type"]], folder / "encoder"),
                 DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True),
+                read_part(DetailEncoder, folder / "detail_encoder") if settings.get("detail_encoder") else None,
             )
             own = load_file(folder / "projector.safetensors")
             if mismatch := set(own) ^ set(model._own_state()):

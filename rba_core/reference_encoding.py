@@ -8,21 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Box, resize
+from .detail_encoder import high_frequency_map
+from .geometry import Box, resize, resize_mask
 
 
 @dataclass(frozen=True)
 class EncodedReference:
     """A segmented reference as the U-Net reads it.
 
-    embedding   E `[1, N², C]`, N x N tokens in rows, class token dropped
+    embedding   E `[1, N², C]`, N x N tokens in rows, class token dropped; before them where the model reads it
     box         the square of the reference picture that the token grid covers
     mask        the segment, `[H, W]` in {0, 1} at the reference's own size
+    detail      its high-frequency map `[3, 256, 256]`, for a model with a detail encoder
     """
 
     embedding: Tensor
     box: Box
     mask: Tensor
+    detail: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -45,10 +48,10 @@ class EncodedReference:
         return F.interpolate(square[None], (self.tokens,) * 2, mode="area")[0, 0]
 
 
-def segment(reference: Tensor, mask: Tensor, fill: float) -> tuple[Tensor, Box]:
-    """I_r ⊗ M: `[3, H, W]` with `fill` outside the mask `[H, W]`, cut to the mask's box and padded to a square."""
+def segment(reference: Tensor, mask: Tensor, fill: float, margin: float = 1.0) -> tuple[Tensor, Box]:
+    """I_r ⊗ M: `[3, H, W]` with `fill` outside the mask `[H, W]`, cut to the mask's box and padded to a square, `margin` times its longer side."""
     box = Box.around(mask)
-    box = box.square(max(box.width, box.height))
+    box = box.square(round(margin * max(box.width, box.height)))
     segmented = torch.where(mask > 0.5, reference, torch.full_like(reference, fill))
     return box.crop(segmented, fill=fill), box
 
@@ -60,6 +63,8 @@ def encode_reference(model, reference: Tensor, mask: Tensor) -> EncodedReference
     reference   `[3, H, W]` in [0, 1]
     mask        `[H, W]`, the object or the part of it to look at
     """
-    square, box = segment(reference, mask, model.config.reference_fill)
-    embedding = model.embed(resize(square, model.encoder_size, model.encoder_size)[None])
-    return EncodedReference(embedding, box, (mask > 0.5).float())
+    size = model.encoder_size
+    square, box = segment(reference, mask, model.config.reference_fill, model.config.reference_margin)
+    seen = resize(square, size, size)
+    detail = high_frequency_map(seen, resize_mask(box.crop(mask[None], fill=0)[0], size, size)) if model.config.detail_encoder else None
+    return EncodedReference(model.embed(seen[None]), box, (mask > 0.5).float(), detail)

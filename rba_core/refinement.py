@@ -86,11 +86,11 @@ def refine(
     hole, given = F.adaptive_max_pool2d(crop.mask[None, None], known.shape[-2:]).to(known), torch.zeros_like(known[:, :1])
     if laid is not None:
         given = hole * (1 - F.adaptive_max_pool2d(crop.mask * (1 - laid[1]), known.shape[-2:]).to(known))
-    condition = model.inpainting_condition(crop.image[None], crop.mask[None, None], collage=laid)
+    condition = model.inpainting_condition(crop.image[None], crop.mask[None, None], collage=laid, detail=reference.detail)
     embedding = reference.embedding
     if guidance != 1:
         condition = condition.expand(2, -1, -1, -1)
-        embedding = torch.cat([torch.zeros_like(embedding), embedding])
+        embedding = torch.cat([model.unconditional(embedding), embedding])
 
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(known.shape, generator=generator).to(known)

@@ -10,6 +10,9 @@ from torch import Tensor
 SD15 = dict(width=320, multiples=(1, 2, 4, 4), context=768)
 SMALL = dict(width=32, multiples=(1, 2, 2, 2), context=64)
 """The same topology: group norms want widths that 32 divides."""
+SD21 = dict(width=320, multiples=(1, 2, 4, 4), context=1024, linear=True)
+SMALL21 = dict(width=64, multiples=(1, 1, 1, 2), context=64, linear=True)
+"""Heads of 64 channels want widths that 64 divides."""
 
 
 class Shapes(dict):
@@ -27,10 +30,10 @@ class Shapes(dict):
         if given != width:
             self.add(f"{name}.skip_connection", width, given, 1, 1)
 
-    def transformer(self, name: str, width: int, context: int) -> None:
+    def transformer(self, name: str, width: int, context: int, linear: bool) -> None:
         self.add(f"{name}.norm", width)
-        self.add(f"{name}.proj_in", width, width, 1, 1)
-        self.add(f"{name}.proj_out", width, width, 1, 1)
+        for projection in ("proj_in", "proj_out"):
+            self.add(f"{name}.{projection}", width, width, *(() if linear else (1, 1)))
         block = f"{name}.transformer_blocks.0"
         for attention, keys in (("attn1", width), ("attn2", context)):
             self.add(f"{block}.{attention}.to_q", width, width, bias=False)
@@ -58,8 +61,9 @@ class Shapes(dict):
         self.vae_resnet(f"{name}.block_2", width, width)
 
 
-def ldm_unet(in_channels: int, width: int, multiples: tuple[int, ...], context: int) -> dict[str, tuple[int, ...]]:
-    shapes, emb, last = Shapes(), 4 * width, len(multiples) - 1
+def ldm_encoder(shapes: Shapes, in_channels: int, width: int, multiples: tuple[int, ...], context: int, linear: bool) -> list[int]:
+    """The first half of a U-Net, and its middle; how many channels each of its blocks gives."""
+    emb, last = 4 * width, len(multiples) - 1
     shapes.add("time_embed.0", emb, width)
     shapes.add("time_embed.2", emb, emb)
     shapes.add("input_blocks.0.0", width, in_channels, 3, 3)
@@ -69,7 +73,7 @@ def ldm_unet(in_channels: int, width: int, multiples: tuple[int, ...], context: 
             shapes.resnet(f"input_blocks.{block}.0", now, width * multiple, emb)
             now = width * multiple
             if level < last:
-                shapes.transformer(f"input_blocks.{block}.1", now, context)
+                shapes.transformer(f"input_blocks.{block}.1", now, context, linear)
             kept.append(now)
             block += 1
         if level < last:
@@ -77,15 +81,21 @@ def ldm_unet(in_channels: int, width: int, multiples: tuple[int, ...], context: 
             kept.append(now)
             block += 1
     shapes.resnet("middle_block.0", now, now, emb)
-    shapes.transformer("middle_block.1", now, context)
+    shapes.transformer("middle_block.1", now, context, linear)
     shapes.resnet("middle_block.2", now, now, emb)
-    block = 0
+    return kept
+
+
+def ldm_unet(in_channels: int, width: int, multiples: tuple[int, ...], context: int, linear: bool = False) -> dict[str, tuple[int, ...]]:
+    shapes = Shapes()
+    kept, emb, last = ldm_encoder(shapes, in_channels, width, multiples, context, linear), 4 * width, len(multiples) - 1
+    block, now = 0, kept[-1]
     for level, multiple in reversed([*enumerate(multiples)]):
         for index in range(3):
             shapes.resnet(f"output_blocks.{block}.0", now + kept.pop(), width * multiple, emb)
             now, step = width * multiple, 1
             if level < last:
-                shapes.transformer(f"output_blocks.{block}.1", now, context)
+                shapes.transformer(f"output_blocks.{block}.1", now, context, linear)
                 step = 2
             if level and index == 2:
                 shapes.add(f"output_blocks.{block}.{step}.conv", now, now, 3, 3)
@@ -93,6 +103,28 @@ def ldm_unet(in_channels: int, width: int, multiples: tuple[int, ...], context: 
     shapes.add("out.0", width)
     shapes.add("out.2", 4, width, 3, 3)
     return {f"model.diffusion_model.{name}": shape for name, shape in shapes.items()}
+
+
+HINT = ((4, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 96, 2), (96, 96, 1), (96, 256, 2))
+"""Channels in and out and stride of the convolutions that take AnyDoor's hint to the latents' grid; one more leads to the U-Net's width."""
+
+
+def detail_encoder(width: int, multiples: tuple[int, ...], context: int, linear: bool) -> dict[str, tuple[int, ...]]:
+    shapes = Shapes()
+    kept = ldm_encoder(shapes, 4, width, multiples, context, linear)
+    for number, (given, made, _) in enumerate((*HINT, (256, width, 1))):
+        shapes.add(f"input_hint_block.{2 * number}", made, given, 3, 3)
+    for number, channels in enumerate(kept):
+        shapes.add(f"zero_convs.{number}.0", channels, channels, 1, 1)
+    shapes.add("middle_block_out.0", kept[-1], kept[-1], 1, 1)
+    return {f"control_model.{name}": shape for name, shape in shapes.items()}
+
+
+def anydoor(unet: dict, vae: tuple[int, tuple[int, ...]] = (128, (1, 2, 4, 4)), encoder: tuple[int, int] = (1536, 40)) -> dict[str, tuple[int, ...]]:
+    """All of AnyDoor: `unet` as of `ldm_unet`; width and multiples of the autoencoder, width and depth of DINOv2."""
+    shapes = ldm_unet(4, **unet) | ldm_vae(*vae) | detail_encoder(**unet)
+    shapes |= {f"cond_stage_model.model.{name}": shape for name, shape in dinov2(*encoder, swiglu=True).items()}
+    return shapes | {"cond_stage_model.projector.weight": (unet["context"], encoder[0]), "cond_stage_model.projector.bias": (unet["context"],)}
 
 
 def ldm_vae(width: int = 128, multiples: tuple[int, ...] = (1, 2, 4, 4)) -> dict[str, tuple[int, ...]]:
@@ -168,7 +200,8 @@ def dinov2_tokens(state: dict[str, Tensor], pictures: Tensor) -> Tensor:
     if patches.shape[-1] != side:
         positions = F.interpolate(positions, scale_factor=tuple((cells + 0.1) / side for cells in patches.shape[-2:]), mode="bicubic")
     patches = (patches + positions).flatten(2).mT
-    x = torch.cat([(state["cls_token"] + state["pos_embed"][:, :1]).expand(len(patches), -1, -1), patches], 1)
+    before = torch.cat([state["cls_token"] + state["pos_embed"][:, :1], *([state["register_tokens"]] if "register_tokens" in state else [])], 1)
+    x = torch.cat([before.expand(len(patches), -1, -1), patches], 1)
     for number in range(sum(name.endswith("ls1.gamma") for name in state)):
         block = f"blocks.{number}"
         q, k, v = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").unflatten(-1, (3, heads, 64)).permute(2, 0, 3, 1, 4)
@@ -182,3 +215,92 @@ def dinov2_tokens(state: dict[str, Tensor], pictures: Tensor) -> Tensor:
             inner = linear(F.gelu(linear(inner, f"{block}.mlp.fc1")), f"{block}.mlp.fc2")
         x = x + state[f"{block}.ls2.gamma"] * inner
     return norm(x, "norm")
+
+
+class Published:
+    """AnyDoor's U-Net and detail encoder, computed from the tensors of its checkpoint: attention heads of 64 channels, linear projections."""
+
+    def __init__(self, state: dict[str, Tensor]):
+        self.state = state
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.state[f"{name}.weight"], self.state.get(f"{name}.bias"))
+
+    def conv(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
+        weight = self.state[f"{name}.weight"]
+        return F.conv2d(x, weight, self.state[f"{name}.bias"], stride, weight.shape[-1] // 2)
+
+    def norm(self, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
+        return F.group_norm(x, 32, self.state[f"{name}.weight"], self.state[f"{name}.bias"], eps)
+
+    def time(self, prefix: str, timesteps: Tensor) -> Tensor:
+        half = self.state[f"{prefix}time_embed.0.weight"].shape[1] // 2
+        angles = timesteps[:, None] * torch.exp(torch.arange(half) / half * -torch.log(torch.tensor(10000.0)))
+        return self.linear(f"{prefix}time_embed.2", F.silu(self.linear(f"{prefix}time_embed.0", torch.cat([angles.cos(), angles.sin()], 1))))
+
+    def resnet(self, name: str, x: Tensor, time: Tensor) -> Tensor:
+        hidden = self.conv(f"{name}.in_layers.2", F.silu(self.norm(f"{name}.in_layers.0", x)))
+        hidden = hidden + self.linear(f"{name}.emb_layers.1", F.silu(time))[:, :, None, None]
+        hidden = self.conv(f"{name}.out_layers.3", F.silu(self.norm(f"{name}.out_layers.0", hidden)))
+        return hidden + (self.conv(f"{name}.skip_connection", x) if f"{name}.skip_connection.weight" in self.state else x)
+
+    def attention(self, name: str, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = (self.linear(f"{name}.to_{part}", given).unflatten(-1, (-1, 64)).transpose(1, 2) for part, given in (("q", x), ("k", context), ("v", context)))
+        return self.linear(f"{name}.to_out.0", ((q @ k.mT / 8).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    def transformer(self, name: str, x: Tensor, context: Tensor) -> Tensor:
+        block = f"{name}.transformer_blocks.0"
+
+        def normed(number: int) -> Tensor:
+            return F.layer_norm(tokens, tokens.shape[-1:], self.state[f"{block}.norm{number}.weight"], self.state[f"{block}.norm{number}.bias"])
+
+        tokens = self.linear(f"{name}.proj_in", self.norm(f"{name}.norm", x, 1e-6).flatten(2).mT)
+        tokens = tokens + self.attention(f"{block}.attn1", normed(1), normed(1))
+        tokens = tokens + self.attention(f"{block}.attn2", normed(2), context)
+        value, gate = self.linear(f"{block}.ff.net.0.proj", normed(3)).chunk(2, -1)
+        tokens = tokens + self.linear(f"{block}.ff.net.2", value * F.gelu(gate))
+        return x + self.linear(f"{name}.proj_out", tokens).mT.unflatten(-1, x.shape[-2:])
+
+    def block(self, name: str, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """Whatever the block consists of, in order."""
+        for step in range(3):
+            part = f"{name}.{step}"
+            if f"{part}.in_layers.0.weight" in self.state:
+                x = self.resnet(part, x, time)
+            elif f"{part}.norm.weight" in self.state:
+                x = self.transformer(part, x, context)
+            elif f"{part}.op.weight" in self.state:
+                x = self.conv(f"{part}.op", x, 2)
+            elif f"{part}.conv.weight" in self.state:
+                x = self.conv(f"{part}.conv", F.interpolate(x, scale_factor=2))
+            elif f"{part}.weight" in self.state:
+                x = self.conv(part, x)
+        return x
+
+    def middle(self, prefix: str, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        return self.block(f"{prefix}middle_block", x, time, context)
+
+    def residuals(self, hint: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor]:
+        """Of the detail encoder: of its twelve blocks, of which the hint replaces the first, and of its middle."""
+        prefix = "control_model."
+        time, x = self.time(prefix, timesteps), hint
+        for number, (_, _, stride) in enumerate(HINT):
+            x = F.silu(self.conv(f"{prefix}input_hint_block.{2 * number}", x, stride))
+        x = self.conv(f"{prefix}input_hint_block.{2 * len(HINT)}", x)
+        made = [self.conv(f"{prefix}zero_convs.0.0", x)]
+        for number in range(1, 12):
+            x = self.block(f"{prefix}input_blocks.{number}", x, time, context)
+            made.append(self.conv(f"{prefix}zero_convs.{number}.0", x))
+        return [*made, self.conv(f"{prefix}middle_block_out.0", self.middle(prefix, x, time, context))]
+
+    def noise(self, latents: Tensor, timesteps: Tensor, context: Tensor, residuals: list[Tensor]) -> Tensor:
+        """What the U-Net predicts, given those."""
+        prefix = "model.diffusion_model."
+        time, x, kept, residuals = self.time(prefix, timesteps), latents, [], [*residuals]
+        for number in range(12):
+            x = self.block(f"{prefix}input_blocks.{number}", x, time, context)
+            kept.append(x)
+        x = self.middle(prefix, x, time, context) + residuals.pop()
+        for number in range(12):
+            x = self.block(f"{prefix}output_blocks.{number}", torch.cat([x, kept.pop() + residuals.pop()], 1), time, context)
+        return self.conv(f"{prefix}out.2", F.silu(self.norm(f"{prefix}out.0", x)))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import checkpoints
 import hypothesis
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from rba_core.alignment import cross_attentions
-from rba_core.model import ModelConfig, RefineByAlign
+from rba_core.model import ModelConfig, RefineByAlign, read_config
 
 hypothesis.settings.register_profile("rba", max_examples=60, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("rba")
@@ -94,6 +95,35 @@ def model_folder(model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "small"
     model.save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_anydoor() -> dict:
+    """The config anydoor in narrow, for `checkpoints.SMALL21`: 64 px crops, DINOv2 of two layers."""
+    parts = read_config("anydoor")
+    width, multiples = checkpoints.SMALL21["width"], checkpoints.SMALL21["multiples"]
+    widths = [width * multiple for multiple in multiples]
+    network = {"block_out_channels": widths, "attention_head_dim": [width // 64 for width in widths], "cross_attention_dim": checkpoints.SMALL21["context"]}
+    return parts | {
+        "model": parts["model"] | {"image_size": 64},
+        "unet": parts["unet"] | network,
+        "detail_encoder": parts["detail_encoder"] | network,
+        "vae": parts["vae"] | {"block_out_channels": [32, 32, 32, 64]},
+        "encoder": parts["encoder"] | {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+    }
+
+
+@pytest.fixture(scope="session")
+def anydoor(small_anydoor) -> RefineByAlign:
+    """Random weights, two steps; leave it as it is."""
+    torch.manual_seed(0)
+    model = RefineByAlign.from_config(small_anydoor | {"model": small_anydoor["model"] | {"steps": 2}})
+    with torch.no_grad():
+        for name, weight in model.detail_encoder.named_parameters():
+            if name.startswith("controlnet_"):  # zero before training
+                torch.nn.init.normal_(weight, std=0.1)
+        cross_attentions(model.unet)[model.config.alignment_layer].to_k.weight.mul_(60)
+    return model
 
 
 @dataclass(frozen=True)

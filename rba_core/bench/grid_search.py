@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..alignment import SAMPLER_STEPS, correspondence, cross_attentions, noised, probabilities
+from ..alignment import SAMPLER_STEPS, correspondence, cross_attentions, noised, over_patches, probabilities
 from ..dense_correspondence import place
 from ..errors import InputError
 from ..model import PRETRAINED, RefineByAlign
@@ -72,7 +72,7 @@ def attend_everywhere(model: RefineByAlign, crop: ZoomCrop, reference: EncodedRe
     attentions = []
 
     def read(attn, args: tuple, kwargs: dict) -> None:
-        attentions.append(probabilities(attn, args, kwargs).cpu())
+        attentions.append(over_patches(probabilities(attn, args, kwargs)).cpu())
 
     hooks = [layer.register_forward_pre_hook(read, with_kwargs=True) for layer in cross_attentions(model.unet)]
     try:

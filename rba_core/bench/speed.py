@@ -32,7 +32,10 @@ from ..refinement import Progress, default_strength, make_scheduler, refine
 from ..stitch import stitch
 from ..zoom_crop import ZoomCrop, crop_for
 
-SIZES = {"tiny": None, "sd15": {}, "sd21": {"unet": {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}}}
+SIZES = {
+    "tiny": None, "sd15": {}, "sd21": {"unet": {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}},
+    "anydoor": read_config("anydoor"),
+}  # fmt: skip
 """What the parts of a size have that `configs/sd1x.json` has not, its weights are random; tiny is the shipped model."""
 SHARPNESS = 30.0
 """By what the keys of a random alignment layer are scaled: else its attention is flat, and alignment ends at that."""
@@ -155,7 +158,8 @@ def build(size: str, device: str | torch.device, dtype: torch.dtype) -> RefineBy
     if SIZES[size] is None:
         return RefineByAlign.load("rba-tiny", device=device, dtype=dtype)
     torch.manual_seed(0)
-    model = RefineByAlign.from_config({part: config | SIZES[size].get(part, {}) for part, config in read_config("sd1x").items()}, device=device, dtype=dtype)
+    parts = read_config("sd1x")
+    model = RefineByAlign.from_config({part: parts.get(part, {}) | SIZES[size].get(part, {}) for part in {**parts, **SIZES[size]}}, device=device, dtype=dtype)
     with torch.no_grad():
         cross_attentions(model.unet)[model.config.alignment_layer].to_k.weight.mul_(SHARPNESS)
     return model

@@ -1,5 +1,6 @@
-"""Weights of others as ours, and ours as others read them: Stable Diffusion 1.x and DINOv2."""
+"""Weights of others as ours, and ours as others read them: Stable Diffusion 1.x, AnyDoor and DINOv2."""
 
+from .anydoor import import_anydoor
 from .stable_diffusion import export_ldm, import_sd15
 
-__all__ = ["export_ldm", "import_sd15"]
+__all__ = ["export_ldm", "import_anydoor", "import_sd15"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import Dinov2Config, Dinov2Model
+from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from ..errors import InputError
 from ..model import quiet
@@ -21,13 +21,15 @@ ASIDE = ("naf.",)
 """A feature upsampler that ComfyUI takes from the same file."""
 
 
-def layout(config: Dinov2Config) -> Iterator[tuple[str, str, int | None, tuple[int, ...]]]:
+def layout(config: Dinov2Config | Dinov2WithRegistersConfig) -> Iterator[tuple[str, str, int | None, tuple[int, ...]]]:
     """Of each tensor: its name at transformers' hub (and in ComfyUI's CLIP_VISION files), its name in the original
     repository, which third of that one it is (queries, keys and values are stacked there), and its shape."""
     width, patch = config.hidden_size, config.patch_size
     hidden = int(width * config.mlp_ratio)
     yield "embeddings.cls_token", "cls_token", None, (1, 1, width)
     yield "embeddings.mask_token", "mask_token", None, (1, width)
+    if isinstance(config, Dinov2WithRegistersConfig):
+        yield "embeddings.register_tokens", "register_tokens", None, (1, config.num_register_tokens, width)
     yield "embeddings.position_embeddings", "pos_embed", None, (1, (config.image_size // patch) ** 2 + 1, width)
     yield "embeddings.patch_embeddings.projection.weight", "patch_embed.proj.weight", None, (width, config.num_channels, patch, patch)
     yield "embeddings.patch_embeddings.projection.bias", "patch_embed.proj.bias", None, (width,)
@@ -52,12 +54,12 @@ def layout(config: Dinov2Config) -> Iterator[tuple[str, str, int | None, tuple[i
     yield "layernorm.bias", "norm.bias", None, (width,)
 
 
-def read_dinov2(source: str | Path) -> Dinov2Model:
-    """DINOv2 of any size, in float32, from a folder of transformers, or from one file in the layout of transformers,
+def read_dinov2(source: str | Path) -> Dinov2Model | Dinov2WithRegistersModel:
+    """DINOv2 of any size, with registers or without, in float32, from a folder of transformers, or from one file in the layout of transformers,
     of ComfyUI's CLIP_VISION (the same) or of the original repository.
 
-    A file tells its sizes by its tensors; its attention heads have `HEAD_WIDTH` channels. Raises InputError for weights
-    with registers, which `RefineByAlign` does not hold, and names the first tensor that is missing, unknown or of another shape.
+    A file tells its sizes by its tensors; its attention heads have `HEAD_WIDTH` channels. Raises InputError, which names the first
+    tensor that is missing, unknown or of another shape.
     """
     source = Path(source)
     if source.is_dir():
@@ -67,11 +69,11 @@ def read_dinov2(source: str | Path) -> Dinov2Model:
     else:
         files = [source]
     tensors = open_weights("dinov2", *files)
-    if any(key.endswith("register_tokens") for key in tensors):
-        raise InputError("dinov2", f"{source.name} has register tokens", "give the weights without registers: dinov2_vitg14_pretrain.pth, or dinov2-giant of transformers")
+    registers = any(key.endswith("register_tokens") for key in tensors)
+    kind, model = (Dinov2WithRegistersConfig, Dinov2WithRegistersModel) if registers else (Dinov2Config, Dinov2Model)
     original = any(key.startswith("blocks.") for key in tensors)
     try:
-        config = Dinov2Config.from_pretrained(source, local_files_only=True) if source.is_dir() else _config(source, tensors, original)
+        config = kind.from_pretrained(source, local_files_only=True) if source.is_dir() else kind(**_sizes(source, tensors, original))
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError("dinov2", f"{source / 'config.json'} cannot be read ({' '.join(str(error).split())[:120]})", "copy the folder again") from error
     wanted, state = {}, {}
@@ -82,17 +84,19 @@ def read_dinov2(source: str | Path) -> Dinov2Model:
         tensor = tensors[theirs if original else ours]
         state[ours] = tensor.chunk(3)[third] if original and third is not None else tensor
     with quiet():
-        return Dinov2Model.from_pretrained(None, config=config, state_dict={key: value.float() for key, value in state.items()}, local_files_only=True).eval()
+        return model.from_pretrained(None, config=config, state_dict={key: value.float() for key, value in state.items()}, local_files_only=True).eval()
 
 
-def _config(source: Path, tensors: dict[str, Tensor], original: bool) -> Dinov2Config:
+def _sizes(source: Path, tensors: dict[str, Tensor], original: bool) -> dict:
     embeddings, block = ("", "blocks") if original else ("embeddings.", "encoder.layer")
     table, projection = (f"{embeddings}{name}" for name in (("pos_embed", "patch_embed.proj.weight") if original else ("position_embeddings", "patch_embeddings.projection.weight")))
     for key, axes in ((table, 3), (projection, 4)):
         if key not in tensors or tensors[key].ndim != axes:
             raise InputError("dinov2", f"in {source.name} {key} is missing or of no such shape", "give DINOv2 itself, without a head and without a prefix")
     width, patch = tensors[table].shape[-1], tensors[projection].shape[-1]
-    return Dinov2Config(
+    registers = next(({"num_register_tokens": tensor.shape[1]} for key, tensor in tensors.items() if key.endswith("register_tokens")), {})
+    return dict(
+        registers,
         hidden_size=width,
         num_hidden_layers=1 + max((int(found[1]) for key in tensors if (found := re.match(rf"{block}\.(\d+)\.", key))), default=0),
         num_attention_heads=max(1, width // HEAD_WIDTH),

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,11 +22,13 @@ from .dinov2 import HEAD_WIDTH, read_dinov2
 from .weights import check_layout, open_weights
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-ASIDE = (
-    "cond_stage_model.", "model_ema.", "first_stage_model.loss.",
+BESIDES = (
+    "model_ema.", "first_stage_model.loss.",
     "betas", "alphas_cumprod", "sqrt_", "log_one_minus_alphas_cumprod", "posterior_", "logvar", "lvlb_weights", "scale_factor",
 )  # fmt: skip
-"""Not ours: the text encoder, the average of the U-Net's weights, the autoencoder's discriminator, the noise schedule's tables."""
+"""No network of use: the average of the U-Net's weights, the autoencoder's discriminator, the noise schedule's tables."""
+ASIDE = ("cond_stage_model.", *BESIDES)
+"""And the text encoder."""
 
 FORMER_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names of the autoencoder's attention in folders that an early diffusers wrote."""
@@ -46,9 +48,10 @@ AUTOENCODER = [
 ]
 
 
-def unet_names(unet: UNet2DConditionModel) -> dict[str, str]:
-    """Of each tensor in diffusers' layout its name in LDM's, where blocks are not grouped by level but counted through."""
-    names, a_level = unet.state_dict().keys(), unet.config.layers_per_block + 1
+def unet_names(unet: UNet2DConditionModel | ControlNetModel, prefix: str = UNET) -> dict[str, str]:
+    """Of each tensor in diffusers' layout its name in LDM's, where blocks are not grouped by level but counted through. Of a ControlNet
+    what is like a U-Net's."""
+    names, a_level = [key for key in unet.state_dict() if not key.startswith("controlnet_")], unet.config.layers_per_block + 1
     attending = {key.split(".")[1] for key in names if key.startswith("up_blocks.") and ".attentions." in key}
 
     def renamed(key: str) -> str:
@@ -66,7 +69,7 @@ def unet_names(unet: UNet2DConditionModel) -> dict[str, str]:
         block = {"down": f"input_blocks.{first + index + 1}.{step}", "mid": f"middle_block.{step or 2 * index}", "up": f"output_blocks.{first + index}.{step}"}[side]
         return f"{block}.{name}.{end}"
 
-    return {key: UNET + renamed(key) for key in names}
+    return {key: prefix + renamed(key) for key in names}
 
 
 def vae_names(vae: AutoencoderKL) -> dict[str, str]:
@@ -102,11 +105,7 @@ def import_sd15(checkpoint: str | Path, folder: str | Path, dinov2: str | Path, 
     ours, with the same meaning: 1 where to redraw, grey where masked. Further channels of ours begin at zero. Returns how many
     tensors were left aside, by the first part of their names. Raises InputError, which names the first tensor that is missing, unknown or of another shape.
     """
-    checkpoint, folder = Path(checkpoint), Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError("output", f"{folder} exists", "give a new folder")
-    if not folder.absolute().parent.is_dir():
-        raise InputError("output", f"folder {folder.parent} does not exist", "create it first")
+    checkpoint, folder = Path(checkpoint), new_folder(folder)
     parts = read_config(config) if isinstance(config, str) else config
     with torch.device("meta"):
         unet = UNet2DConditionModel(**parts["unet"])
@@ -127,7 +126,21 @@ def import_sd15(checkpoint: str | Path, folder: str | Path, dinov2: str | Path, 
         model.save(folder)
     except OSError as error:
         raise InputError("output", f"{folder} cannot be written ({error.strerror or error})", "make room there, or give another folder") from error
-    return Counter(".".join(key.split(".")[:2]) if key.startswith(VAE) else key.split(".")[0] for key in aside)
+    return counted(aside)
+
+
+def counted(names: list[str]) -> Counter:
+    """By the first part of each name, of the autoencoder's the first two."""
+    return Counter(".".join(key.split(".")[:2]) if key.startswith(VAE) else key.split(".")[0] for key in names)
+
+
+def new_folder(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError("output", f"{folder} exists", "give a new folder")
+    if not folder.absolute().parent.is_dir():
+        raise InputError("output", f"folder {folder.parent} does not exist", "create it first")
+    return folder
 
 
 def _fill(checkpoint: Path, unet: UNet2DConditionModel, vae: AutoencoderKL) -> list[str]:
@@ -197,6 +210,8 @@ def export_ldm(model: RefineByAlign, file: str | Path) -> list[Path]:
         "an autoencoder of its own": not isinstance(model.vae, AutoencoderKL),
         "context features": model.config.context_features > 0,
         "a convolutional stem": model.stem is not None,
+        "a detail encoder": model.detail_encoder is not None,
+        "registers in DINOv2": hasattr(model.encoder.config, "num_register_tokens"),
         f"attention heads of DINOv2 that have not {HEAD_WIDTH} channels": model.encoder.config.hidden_size != HEAD_WIDTH * model.encoder.config.num_attention_heads,
     }
     if found := [what for what, has in foreign.items() if has]:

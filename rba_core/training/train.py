@@ -187,6 +187,8 @@ def build(plan: dict) -> RefineByAlign:
     init = plan.get("init", {})
     if "model" in init:
         model = RefineByAlign.load(init["model"])
+        if model.config.detail_encoder:
+            raise InputError("model", f"{init['model']} has a detail encoder, which no leg trains", "use it as it is, or train a model of the config sd1x")
         model.config = replace(model.config, reference_fill=REFERENCE_FILL)  # what the scenes' references are filled with
         return model
     path = models.CONFIGS / f"{plan['model']}.json"
@@ -194,6 +196,8 @@ def build(plan: dict) -> RefineByAlign:
         known = ", ".join(sorted(p.stem for p in models.CONFIGS.glob("*.json")))
         raise InputError("model config", f"{plan['model']!r} is not known", f"use one of {known}, or give a model folder in [init]")
     parts = json.loads(path.read_text())
+    if "detail_encoder" in parts:
+        raise InputError("model config", f"{plan['model']} has a detail encoder, which no leg trains", "train a model of the config sd1x")
     autoencoder = AUTOENCODERS[parts["vae"].pop("_class_name")]
     kinds = {"vae": autoencoder, "unet": UNet2DConditionModel, "encoder": lambda **config: Dinov2Model(Dinov2Config(**config))}
     built = {}

@@ -123,6 +123,14 @@ def test_stable_diffusion_2():
     assert torch.get_default_dtype() == torch.float32 and model.scheduler.alphas_cumprod.device.type == "cpu"
 
 
+def test_anydoor():
+    model = speed.build("anydoor", "meta", torch.bfloat16)
+    assert model.config.detail_encoder and model.config.steps == 50 and model.unet.config.in_channels == 4
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    read = speed.cost(speed.Case.of(model, speed.sample_scene(), 1).unet_forward)["weight_bytes"]
+    assert read == pytest.approx(2 * sum(parameter.numel() for part in (model.unet, model.detail_encoder) for parameter in part.parameters()), rel=1e-3)
+
+
 def test_the_bare_loop_takes_the_steps_of_refine():
     """With all of the crop free, nothing is imposed between the steps: the same latents come out."""
     model = speed.build("eighth", "cpu", torch.float32)
@@ -161,7 +169,7 @@ def test_floors_where_peaks_are_known(small):
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"size": "sdxl"}, "size: 'sdxl' is not known; use one of tiny, sd15, sd21"), ({"repeats": 0}, "repeats: is 0"), ({"steps": 0}, "steps: is 0"), ({"warm_up": -1}, "warm-up: is -1")],
+    [({"size": "sdxl"}, "size: 'sdxl' is not known; use one of tiny, sd15, sd21, anydoor"), ({"repeats": 0}, "repeats: is 0"), ({"steps": 0}, "steps: is 0"), ({"warm_up": -1}, "warm-up: is -1")],
 )
 def test_what_cannot_be_measured(options, message):
     with pytest.raises(InputError, match=message):

@@ -9,11 +9,12 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from test_comfyui_end_to_end import find_comfyui, find_python
 
-from rba_core.conversion import export_ldm, import_sd15
-from rba_core.model import RefineByAlign, read_config
+from rba_core.conversion import export_ldm, import_anydoor, import_sd15
+from rba_core.model import RefineByAlign, read_config, read_part
 
 START = """
 import json, sys
@@ -113,6 +114,31 @@ save_file({key: value.contiguous() for key, value in found.items()}, f"{folder}/
     # at 224 pixels ComfyUI resamples the positions as the original repository does
     original = checkpoints.dinov2_tokens(torch.load(folder / "dinov2.pth", weights_only=True), given["at_224"])
     assert (found["at_224"] - original).abs().max() < 1e-3
+
+
+@torch.no_grad()
+def test_anydoors_unet_is_comfyuis_of_stable_diffusion_2(in_comfyui, small_anydoor, tmp_path):
+    """Heads of 64 channels, linear projections: the same output without the detail encoder."""
+    shapes = checkpoints.anydoor(checkpoints.SMALL21, (32, (1, 1, 1, 2)), (128, 2))
+    save_file(checkpoints.randomly(shapes), tmp_path / "anydoor.safetensors")
+    import_anydoor(tmp_path / "anydoor.safetensors", tmp_path / "model", config=small_anydoor)
+    generator = torch.Generator().manual_seed(4)
+    given = {"sample": torch.randn(2, 4, 8, 8, generator=generator), "context": torch.randn(2, 257, 64, generator=generator), "timesteps": torch.tensor([981.0, 37.0])}
+    save_file(given, tmp_path / "given.safetensors")
+    in_comfyui("""
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+given, state = load_file(f"{folder}/given.safetensors"), load_file(f"{folder}/anydoor.safetensors")
+prefix = "model.diffusion_model."
+state = {key: value for key, value in state.items() if key.startswith(prefix)}
+config = comfy.model_detection.detect_unet_config(state, prefix)
+unet = UNetModel(**config, num_heads=-1, num_head_channels=64, operations=comfy.ops.disable_weight_init).eval()
+unet.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()}, strict=True)
+with torch.no_grad():
+    save_file({"noise": unet(given["sample"], given["timesteps"], context=given["context"])}, f"{folder}/found.safetensors")
+""", tmp_path)  # fmt: skip
+    unet = read_part(UNet2DConditionModel, tmp_path / "model" / "unet")
+    expected = unet(given["sample"], given["timesteps"], given["context"]).sample
+    assert expected.std() > 0.05 and (load_file(tmp_path / "found.safetensors")["noise"] - expected).abs().max() < 1e-4
 
 
 def test_comfyui_detects_stable_diffusion_inpainting_at_full_size(in_comfyui, tmp_path):

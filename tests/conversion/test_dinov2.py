@@ -4,10 +4,12 @@ import checkpoints
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Dinov2Config, Dinov2Model
+from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersModel
 
+from rba_core.conversion import export_ldm
 from rba_core.conversion.dinov2 import layout, read_dinov2
 from rba_core.errors import InputError
+from rba_core.model import RefineByAlign, imagenet_normalised
 
 SIZES = {"small": (384, 12, False), "base": (768, 12, False), "large": (1024, 24, False), "giant": (1536, 40, True)}
 
@@ -92,20 +94,41 @@ def test_what_is_wrong_with_a_file_is_named(original, tmp_path):
     assert "blocks.1.ls2.gamma is missing, and 1 more such" in refused(missing | {"blocks.1.ls2.scale": original["blocks.1.ls2.gamma"]})
     assert "blocks.0.attn.qkv.weight is 128x128, not 384x128" in refused(original | {"blocks.0.attn.qkv.weight": torch.zeros(128, 128)})
     assert "head.weight is of no known use" in refused(original | {"head.weight": torch.zeros(2)})
-    assert "has register tokens" in refused(original | {"register_tokens": torch.zeros(1, 4, 128)})
+    assert "register_tokens is 1x4x64, not 1x4x128" in refused(original | {"register_tokens": torch.zeros(1, 4, 64)})
     assert "pos_embed is missing" in refused({f"teacher.{key}" if key == "pos_embed" else key: value for key, value in original.items()})
     assert "holds more than weights" in refused({"model": Dinov2Config()})
     with pytest.raises(InputError, match="cannot be read"):
         read_dinov2(tmp_path / "none.safetensors")
 
 
-def test_registers_in_transformers_layout_are_refused_too(tmp_path):
-    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+@torch.no_grad()
+def test_registers_are_read_and_their_tokens_dropped(original, tmp_path):
+    """The same from the original layout, from a folder and in a model; against the original's forward pass, registers behind the class token."""
+    original = original | {"register_tokens": torch.randn(1, 4, 128, generator=torch.Generator().manual_seed(7))}
+    torch.save(original, tmp_path / "dinov2_reg4_pretrain.pth")
+    encoder = read_dinov2(tmp_path / "dinov2_reg4_pretrain.pth")
+    assert isinstance(encoder, Dinov2WithRegistersModel) and encoder.config.num_register_tokens == 4
+    pictures = torch.randn(2, 3, 70, 70, generator=torch.Generator().manual_seed(1))
+    expected = checkpoints.dinov2_tokens(original, pictures)
+    assert expected.shape == (2, 30, 128) and (encoder(pictures).last_hidden_state - expected).abs().max() < 1e-4 < 0.1 * expected.std()
+    encoder.save_pretrained(tmp_path / "hub")
+    again = read_dinov2(tmp_path / "hub").state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in encoder.state_dict().items())
 
-    config = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14)
-    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**config)).save_pretrained(tmp_path / "registers")
-    with pytest.raises(InputError, match="has register tokens"):
-        read_dinov2(tmp_path / "registers")
+
+@torch.no_grad()
+def test_a_model_with_registers(model, tmp_path):
+    state = checkpoints.randomly(checkpoints.dinov2(64, 1)) | {"register_tokens": torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(7))}
+    torch.save(state, tmp_path / "dinov2.pth")
+    with_registers = RefineByAlign(model.config, model.vae, model.unet, read_dinov2(tmp_path / "dinov2.pth"), model.scheduler).eval()
+    with_registers.save(tmp_path / "model")
+    loaded, pictures = RefineByAlign.load(tmp_path / "model"), torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    tokens = loaded.tokens(pictures)
+    assert tokens.shape == (1, 256, 64) and torch.allclose(tokens, with_registers.tokens(pictures), atol=1e-6)
+    assert torch.equal(loaded.tokens(pictures, class_token=True)[:, 1:], tokens)
+    assert torch.equal(tokens, loaded.encoder(imagenet_normalised(pictures)).last_hidden_state[:, 5:])
+    with pytest.raises(InputError, match="registers in DINOv2"):
+        export_ldm(with_registers, tmp_path / "out.safetensors")
 
 
 def test_a_folders_config_must_fit_its_weights(original, tmp_path):

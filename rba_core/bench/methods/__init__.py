@@ -8,6 +8,7 @@ import torch
 
 from ...errors import InputError
 from . import features, oracle_warp, sift_warp, telea
+from .anydoor import AnyDoor
 from .cross_image_attention import CrossImageAttention
 from .dift import Dift
 from .ours import detail, no_reference, oracle, paper, single_stage, unregistered
@@ -20,7 +21,9 @@ METHODS: dict[str, Method] = {
     "no-reference": no_reference, "none": telea.none, "telea": telea.telea, "sift-warp": sift_warp.sift_warp, "oracle-warp": oracle_warp.oracle_warp,
 }  # fmt: skip
 NEED_MODEL = set(METHODS) - {"none", "telea", "sift-warp", "oracle-warp"}
-NEED_WEIGHTS = {"paint-by-example": PaintByExample, "sd-inpainting": StableDiffusionInpainting, "cross-image-attention": CrossImageAttention, "dift": Dift}
+NEED_WEIGHTS = {
+    "paint-by-example": PaintByExample, "sd-inpainting": StableDiffusionInpainting, "cross-image-attention": CrossImageAttention, "dift": Dift, "anydoor": AnyDoor,
+}  # fmt: skip
 """Classes, made with a folder of weights, a device and a dtype; their objects are methods."""
 
 

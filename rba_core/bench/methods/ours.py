@@ -75,7 +75,7 @@ def oracle(item: Item, model: RefineByAlign, seed: int) -> Outcome:
 def no_reference(item: Item, model: RefineByAlign, seed: int) -> Outcome:
     """The embedding dropped as in training, no collage: what the surroundings and the model's memory give."""
     whole = encode_reference(model, item.reference, item.object_mask)
-    dropped = replace(whole, embedding=torch.zeros_like(whole.embedding))
+    dropped = replace(whole, embedding=model.unconditional(whole.embedding), detail=None)
     return Outcome(redraw(model, item.image, item.mask, crop_for(model, item.image, item.mask, model.config.context), dropped, None, Settings(), seed))
 
 

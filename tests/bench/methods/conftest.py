@@ -111,3 +111,10 @@ def example_folder(tmp_path_factory):
     extractor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     PaintByExamplePipeline(autoencoder(), image_encoder, network(9), schedule(), None, extractor).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def anydoor_folder(anydoor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "anydoor"
+    anydoor.save(folder)
+    return folder

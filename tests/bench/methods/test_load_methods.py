@@ -14,11 +14,11 @@ from rba_core.zoom_crop import separate
 
 
 @pytest.fixture
-def weights(sd_folder, inpainting_folder, example_folder):
-    return {"paint-by-example": example_folder, "sd-inpainting": inpainting_folder, "cross-image-attention": sd_folder, "dift": sd_folder}
+def weights(sd_folder, inpainting_folder, example_folder, anydoor_folder):
+    return {"paint-by-example": example_folder, "sd-inpainting": inpainting_folder, "cross-image-attention": sd_folder, "dift": sd_folder, "anydoor": anydoor_folder}
 
 
-STEPS = {"paint-by-example": {"steps": 2}, "sd-inpainting": {"steps": 2}, "cross-image-attention": {"steps": 22, "skipped": 10}, "dift": {}}
+STEPS = {"paint-by-example": {"steps": 2}, "sd-inpainting": {"steps": 2}, "cross-image-attention": {"steps": 22, "skipped": 10}, "dift": {}, "anydoor": {}}
 
 
 @pytest.mark.parametrize("name", NEED_WEIGHTS)
