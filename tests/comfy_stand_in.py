@@ -82,6 +82,11 @@ class PreviewImage:
         self.image = image
 
 
+class PreviewText:
+    def __init__(self, value):
+        self.value = value
+
+
 def object_info(node: type[ComfyNode]) -> dict:
     """What `/object_info` says of a node, but for keys that the pack has no hand in."""
     schema = node.define_schema()
@@ -143,7 +148,7 @@ def install() -> None:
     cpu = torch.device("cpu")
     modules = {
         "comfy_api": {},
-        "comfy_api.v0_0_2": {"ComfyExtension": ComfyExtension, "io": io, "ui": SimpleNamespace(PreviewImage=PreviewImage)},
+        "comfy_api.v0_0_2": {"ComfyExtension": ComfyExtension, "io": io, "ui": SimpleNamespace(PreviewImage=PreviewImage, PreviewText=PreviewText)},
         "comfy": {},
         "comfy.utils": {"ProgressBar": ProgressBar},
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher},

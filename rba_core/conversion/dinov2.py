@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from ..errors import InputError
+from ..model import quiet
 from .weights import check_layout, open_weights
 
 HEAD_WIDTH = 64
@@ -81,10 +81,8 @@ def read_dinov2(source: str | Path) -> Dinov2Model:
     for ours, theirs, third, _ in layout(config):
         tensor = tensors[theirs if original else ours]
         state[ours] = tensor.chunk(3)[third] if original and third is not None else tensor
-    with torch.device("meta"):
-        encoder = Dinov2Model(config)
-    encoder.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)  # mapped still where the file is in float32
-    return encoder.eval()
+    with quiet():
+        return Dinov2Model.from_pretrained(None, config=config, state_dict={key: value.float() for key, value in state.items()}, local_files_only=True).eval()
 
 
 def _config(source: Path, tensors: dict[str, Tensor], original: bool) -> Dinov2Config:
