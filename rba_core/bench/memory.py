@@ -48,10 +48,11 @@ class Fused(TorchFunctionMode):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages made within it that are alive; `peak`, the most there were."""
+    """Counts the bytes of the storages made within it on a device that are alive; `peak`, the most there were."""
 
-    def __init__(self):
+    def __init__(self, device: str):
         super().__init__()
+        self.device = device
         self.live, self.peak, self.known = 0, 0, weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
@@ -60,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
                 self.known.setdefault(given.untyped_storage(), None)
         made = function(*arguments, **(named or {}))
         for tensor in tree_iter(made):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.known:
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device and tensor.untyped_storage() not in self.known:
                 self._count(tensor.untyped_storage())
         return made
 
@@ -75,9 +76,9 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def peak_of(work: Callable) -> int:
-    """Bytes alive at most while `work` runs, beyond what was before."""
-    with torch.no_grad(), Fused(), LiveBytes() as counter:
+def peak_of(work: Callable, device: str = "meta") -> int:
+    """Bytes alive at most on a device while `work` runs, beyond what was before."""
+    with torch.no_grad(), Fused(), LiveBytes(device) as counter:
         work()
     return counter.peak
 
