@@ -159,6 +159,7 @@ def install() -> None:
             "get_torch_device": lambda: cpu,
             "unet_offload_device": lambda: cpu,
             "intermediate_device": lambda: cpu,
+            "get_free_memory": lambda device: 1 << 40,
             "unet_dtype": lambda device, parameters, supported_dtypes: torch.float32,
         },
         "folder_paths": {"models_dir": "models", "folder_names_and_paths": {}},

@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from dataclasses import fields, replace
 
 import pytest
@@ -384,3 +385,17 @@ def test_bad_inputs_are_named_before_anything_runs(message):
         check_inputs(**GOOD | BAD[message])
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_encodes_no_picture_twice(every_model, scene, monkeypatch):
+    """Alignment and refinement look at the same crops: fewer passes of the autoencoder, the same result bit for bit."""
+    encoded = []
+    encode = every_model.vae.encode
+    monkeypatch.setattr(every_model.vae, "encode", lambda pictures: (encoded.append(pictures), encode(pictures))[1])
+    kept = run(every_model, scene, on_flat="single-stage").image
+    assert not any(torch.equal(one, other) for index, one in enumerate(encoded) for other in encoded[:index])
+    count = len(encoded)
+    encoded.clear()
+    monkeypatch.setattr(every_model, "reusing_latents", nullcontext)
+    again = run(every_model, scene, on_flat="single-stage").image
+    assert len(encoded) > count and torch.equal(kept, again)
