@@ -190,7 +190,7 @@ class RefineByAlign(nn.Module):
 
     def spare_memory(self, spare: bool = True) -> None:
         """Guidance's two passes one after the other, and pictures larger than the autoencoder was trained on in tiles that
-        overlap. The former changes results by no more than rounding, the latter at the tiles' seams."""
+        overlap. The former changes results by no more than rounding; in tiles, norms and attention see a tile, not the whole."""
         self.sparing = spare
         if isinstance(self.vae, AutoencoderKL):
             self.vae.enable_tiling() if spare else self.vae.disable_tiling()
