@@ -2,6 +2,7 @@
 
 from .alignment import Align, EncodeReference, PostProcess, Register
 from .api import ComfyExtension, io
+from .downloads import DownloadModel
 from .feature_alignment import AlignDIFT, AlignDINOv2
 from .loading import LoadModel, Sample
 from .preview import CorrespondencePreview
@@ -10,4 +11,4 @@ from .refinement import Refine, RefineByAlign, Stitch, ZoomCrop
 
 class RefineByAlignExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadModel, RefineByAlign, EncodeReference, ZoomCrop, Align, PostProcess, Register, Refine, Stitch, CorrespondencePreview, Sample, AlignDINOv2, AlignDIFT]
+        return [LoadModel, RefineByAlign, EncodeReference, ZoomCrop, Align, PostProcess, Register, Refine, Stitch, CorrespondencePreview, Sample, AlignDINOv2, AlignDIFT, DownloadModel]

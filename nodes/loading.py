@@ -62,7 +62,7 @@ class LoadModel(io.ComfyNode):
         load_device, offload_device = model_management.get_torch_device(), model_management.unet_offload_device()
         if device == "cpu":
             load_device = offload_device = torch.device("cpu")
-        network = Network.load(model_folders()[model_name])
+        network = Network.load(model_folders()[model_name], dtype=DTYPES.get(dtype, torch.float32))
         if dtype == "auto":
             parameters = sum(weight.numel() for weight in network.parameters())
             # not bf16: its 8 bits of mantissa show in decoded pixels

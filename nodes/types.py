@@ -50,6 +50,7 @@ def on_device(model: ModelPatcher) -> RefineByAlign:
     decoding = 2178 * network.config.image_size**2 * network.dtype.itemsize  # bytes, as core estimates it for the same autoencoder
     model_management.load_models_gpu([model], memory_required=decoding, force_full_load=True)
     model.model.to(model.load_device)  # --novram leaves layers that are not comfy.ops behind
+    network.spare_memory(model_management.get_free_memory(model.load_device) < decoding)
     return network
 
 

@@ -1,4 +1,4 @@
-"""`rba`: refine, align, crop, stitch, demo, bench, report, train, convert."""
+"""`rba`: refine, align, crop, stitch, demo, bench, report, train, convert, download."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"rba: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        kept = "the same command goes on from here" if options.command is bench_run else "nothing was written"
+        kept = "the same command goes on from here" if options.command in (bench_run, download) else "nothing was written"
         print(f"rba: cancelled, {kept}", file=sys.stderr)
         return 130
     return 0
@@ -274,6 +274,18 @@ def bench_speed(options) -> None:
     _keep(results, options)
 
 
+def bench_memory(options) -> None:
+    from .bench.memory import measure_memory, memory_setting, memory_tables, memory_title
+    from .bench.report import markdown_table
+
+    _check_json(options)
+    results = measure_memory(options.size)
+    parts, settings = memory_tables(results)
+    print(memory_title(results), "\n".join(markdown_table(settings)), sep="\n\n", end="\n\n")
+    _tell(parts, memory_setting(results))
+    _keep(results, options)
+
+
 def report(options) -> None:
     from .bench.report import write_report
 
@@ -323,6 +335,28 @@ def _folder(given: str) -> Path:
         raise InputError("out", f"{folder} is a file", "give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def download(options) -> None:
+    from .downloads import DOWNLOADS, Download, known, models_folder
+    from .downloads import download as fetch
+
+    if options.name is None and options.url is None:
+        for name, pin in DOWNLOADS.items():
+            print(f"{name}: {pin.what}, to {pin.folder}/{pin.file}\n{pin}\n")
+        return
+    if options.url is not None:
+        if options.name or not options.sha256 or not options.size:
+            raise InputError("url", "stands alone", "give --sha256 and --size with it, as the publisher states them, and no NAME")
+        pin = Download(options.url, options.size, options.sha256.lower(), options.url.split("?")[0].rsplit("/", 1)[-1])
+    else:
+        pin = known(options.name)
+    folder = Path(options.to) if options.to else models_folder()
+    if folder is None:
+        raise InputError("to", "is missing, and this pack lies in no ComfyUI", "give --to DIR")
+    print(pin)
+    with _bar(pin.file, "B") as progress:
+        print(fetch(pin, folder if options.to else folder / pin.folder, progress))
 
 
 def convert_sd15(options) -> None:
@@ -389,7 +423,7 @@ def _settings(options):
 def _load(options):
     from .model import RefineByAlign
 
-    return RefineByAlign.load(options.model, **_machine(options))
+    return RefineByAlign.load(options.model, **_machine(options), low_memory=options.low_memory)
 
 
 def _machine(options) -> dict:
@@ -431,7 +465,7 @@ class _bar:
         self.label, self.unit, self.shown = label, unit, shown
 
     def __enter__(self):
-        self.bar = tqdm(desc=self.label, unit=self.unit, delay=2, disable=not self.shown)
+        self.bar = tqdm(desc=self.label, unit=self.unit, unit_scale=self.unit == "B", delay=2, disable=not self.shown)
 
         def progress(done: int, total: int) -> None:
             self.bar.total = total
@@ -453,6 +487,7 @@ def parser() -> argparse.ArgumentParser:
 
     model = argparse.ArgumentParser(add_help=False, parents=[machine])
     model.add_argument("--model", default="rba-tiny", help="a shipped model's name or a model folder (default: %(default)s)")
+    model.add_argument("--low-memory", action="store_true", help="U-Net and encoder on the device only while they run, guidance in two passes: slower, for small GPUs")
     model.add_argument("--seed", type=int, default=0, help="same seed, same result (default: %(default)s)")
 
     inputs = argparse.ArgumentParser(add_help=False)
@@ -591,7 +626,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="write all figures, machine and versions")
     command.set_defaults(command=bench_speed)
 
-    command = commands.add_parser("report", help="write a page, .html or .md, from what bench run, doubt, speed, grid-search and steps wrote")
+    command = benches.add_parser("memory", help="what memory the method takes at most, and which cards have it; nothing is computed")
+    command.add_argument("--size", default="sd15", metavar="S", help="as of bench speed (default: %(default)s)")
+    command.add_argument("--json", metavar="FILE", help="write all figures")
+    command.set_defaults(command=bench_memory)
+
+    command = commands.add_parser("report", help="write a page, .html or .md, from what bench run, doubt, speed, memory, grid-search and steps wrote")
     command.add_argument("results", nargs="+", metavar="JSON", help="files, or folders with such files")
     command.add_argument("-o", "--output", required=True, metavar="FILE")
     command.set_defaults(command=report)
@@ -603,6 +643,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--legs", help="comma-separated: encoder,autoencoder,refiner (default: the plan's)")
     command.add_argument("--steps", type=int, metavar="N", help="of each leg, instead of the plan's")
     command.set_defaults(command=train)
+
+    command = commands.add_parser("download", help="fetch weights from their publishers, pinned and checked; without NAME, what there is")
+    command.add_argument("name", nargs="?", metavar="NAME")
+    command.add_argument("--to", metavar="DIR", help="default: the folder of models of the ComfyUI that this pack lies in")
+    command.add_argument("--url", help="instead of NAME: another file")
+    command.add_argument("--sha256", metavar="HEX", help="of that file")
+    command.add_argument("--size", type=int, metavar="BYTES", help="of that file")
+    command.set_defaults(command=download)
 
     converts = commands.add_parser("convert", help="make a model folder of Stable Diffusion 1.5 and DINOv2, or of AnyDoor, or the way back").add_subparsers(required=True, metavar="WHAT")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -191,6 +192,8 @@ class RefineByAlign(nn.Module):
         super().__init__()
         self.config = config
         self.vae, self.unet, self.encoder, self.scheduler = vae, unet, encoder, scheduler
+        self.known_latents: deque[tuple[Tensor, Tensor]] | None = None
+        self.sparing = False
         self.stem = nn.Sequential(nn.Conv2d(3, config.encoder_stem, 7, stride=2, padding=3), nn.GELU()) if config.encoder_stem else None
         width, context = encoder.config.hidden_size, unet.config.cross_attention_dim
         if config.class_token:
@@ -209,7 +212,7 @@ class RefineByAlign(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device  # diffusers' own property goes through all modules, milliseconds each time
+        return next(self.projector.parameters()).device  # it stays there when `offload` sends others away
 
     @property
     def dtype(self) -> torch.dtype:
@@ -231,6 +234,29 @@ class RefineByAlign(nn.Module):
     def patch_size(self) -> int:
         """Side of what one token covers, pixels of the encoder's input."""
         return self.encoder.config.patch_size * (2 if self.stem is not None else 1)
+
+    def spare_memory(self, spare: bool = True) -> None:
+        """Guidance's two passes one after the other, and pictures larger than the autoencoder was trained on in tiles that
+        overlap. The former changes results by no more than rounding; in tiles, norms and attention see a tile, not the whole."""
+        self.sparing = spare
+        if isinstance(self.vae, AutoencoderKL):
+            self.vae.enable_tiling() if spare else self.vae.disable_tiling()
+
+    def offload(self, device: str | torch.device) -> None:
+        """Compute on `device`, where the U-Net and the encoder lie only while they run, one of them at a time."""
+        large = (self.unet, self.encoder)
+
+        def fetch(part: nn.Module, arguments: tuple) -> None:
+            for other in large:
+                if other is not part:
+                    other.to("cpu")
+            part.to(device)
+
+        for part in large:
+            part.to("cpu").register_forward_pre_hook(fetch)
+        for name, part in self.named_children():
+            if part not in large:
+                part.to(device)
 
     def tokens(self, pictures: Tensor, *, class_token: bool = False) -> Tensor:
         """phi: `[B, 3, 224, 224]` in [0, 1] -> `[B, 256, hidden]`, class token dropped, or kept as the first of 257."""
@@ -255,7 +281,26 @@ class RefineByAlign(nn.Module):
     def encode_image(self, pictures: Tensor) -> Tensor:
         """`[B, 3, S, S]` in [0, 1] -> scaled latents `[B, c, S / stride, S / stride]` (the mode, no sampling)."""
         pictures = pictures.to(self.device, self.dtype) * 2 - 1
+        if self.known_latents is None:
+            return self._encoded(pictures)
+        for known, latents in self.known_latents:
+            if torch.equal(known, pictures):
+                return latents
+        self.known_latents.append((pictures, self._encoded(pictures)))
+        return self.known_latents[-1][1]
+
+    def _encoded(self, pictures: Tensor) -> Tensor:
         return self.vae.encode(pictures).latent_dist.mode() * self.vae.config.scaling_factor
+
+    @contextmanager
+    def reusing_latents(self) -> Iterator[None]:
+        """Meanwhile the autoencoder runs once over a picture: alignment and refinement look at the same crops, with and
+        without the masked part. It keeps four pictures, two crops' worth."""
+        self.known_latents = deque(maxlen=4)
+        try:
+            yield
+        finally:
+            self.known_latents = None
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """The way back: `[B, 3, S, S]` in [0, 1], float32."""
@@ -280,9 +325,12 @@ class RefineByAlign(nn.Module):
         latents = self.encode_image(blanked)
         channels = [F.adaptive_max_pool2d(masks, latents.shape[-2:]), latents]
         if self.config.collage:
-            laid, valid = (value.to(latents) for value in collage) if collage is not None else (blanked, torch.zeros_like(masks))
-            shown = masks * valid
-            channels += [F.adaptive_avg_pool2d(shown, latents.shape[-2:]), self.encode_image(blanked * (1 - shown) + laid * shown)]
+            if collage is None:
+                channels += [torch.zeros_like(latents[:, :1]), latents]
+            else:
+                laid, valid = (value.to(latents) for value in collage)
+                shown = masks * valid
+                channels += [F.adaptive_avg_pool2d(shown, latents.shape[-2:]), self.encode_image(blanked * (1 - shown) + laid * shown)]
         if self.context_projector is not None:
             view = blanked if seen is None else seen.to(blanked)
             view = F.interpolate(view.float(), (self.encoder_size,) * 2, mode="bilinear", antialias=True)  # no half on a CPU
@@ -353,8 +401,14 @@ class RefineByAlign(nn.Module):
         return {k: v for k, v in self.state_dict().items() if k.startswith(("projector.", "context_", "stem."))}
 
     @classmethod
-    def load(cls, source: str | Path = "rba-tiny", *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> RefineByAlign:
-        """Read a folder written by `save`, or a pretrained model by its name."""
+    def load(
+        cls, source: str | Path = "rba-tiny", *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, low_memory: bool = False
+    ) -> RefineByAlign:
+        """Read a folder written by `save`, or a pretrained model by its name.
+
+        low_memory   see `offload` and `spare_memory`: slower
+        """
+        part_device = "cpu" if low_memory else device  # each part goes there before the next is read
         folder = PRETRAINED / source if (PRETRAINED / source).is_dir() else Path(source)
         if not (folder / "config.json").is_file():
             known = ", ".join(sorted(p.parent.name for p in PRETRAINED.glob("*/config.json")))
@@ -365,14 +419,11 @@ class RefineByAlign(nn.Module):
             if unknown := set(settings) - known:
                 raise InputError("model", f"{folder / 'config.json'} has unknown keys {sorted(unknown)}", "use a folder written by this version or a newer pack")
             autoencoder = AUTOENCODERS[json.loads((folder / "vae" / "config.json").read_text())["_class_name"]]
-            model = cls(
-                ModelConfig(**settings),
-                read_part(autoencoder, folder / "vae"),
-                read_part(UNet2DConditionModel, folder / "unet"),
-                read_part(ENCODERS[json.loads((folder / "encoder" / "config.json").read_text())["model_type"]], folder / "encoder"),
-                DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True),
-                read_part(DetailEncoder, folder / "detail_encoder") if settings.get("detail_encoder") else None,
-            )
+            encoder = ENCODERS[json.loads((folder / "encoder" / "config.json").read_text())["model_type"]]
+            kinds = {"vae": autoencoder, "unet": UNet2DConditionModel, "encoder": encoder} | ({"detail_encoder": DetailEncoder} if settings.get("detail_encoder") else {})
+            with quiet():
+                parts = {name: read_part(kind, folder / name).to(part_device, dtype) for name, kind in kinds.items()}
+            model = cls(ModelConfig(**settings), scheduler=DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True), **parts)
             own = load_file(folder / "projector.safetensors")
             if mismatch := set(own) ^ set(model._own_state()):
                 raise InputError("model", f"{folder / 'projector.safetensors'} has other keys ({sorted(mismatch)[0]} …)", "use the projector saved with this model")
@@ -382,4 +433,8 @@ class RefineByAlign(nn.Module):
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError("model", f"{folder} cannot be read ({reason})", "copy the folder again: a file is missing, cut short or of another model") from error
-        return model.to(device, dtype).eval()
+        model.to(part_device, dtype).eval()
+        if low_memory:
+            model.offload(device)
+            model.spare_memory()
+        return model

@@ -145,12 +145,13 @@ def refine_by_align(
     result, matches = image, []
     for index, artifact in enumerate(artifacts):
         crop = zoom_crop(result, artifact, model.config.image_size, context=model.config.context if settings.context is None else settings.context, multiple=model.stride)
-        match = best_match(model, result, artifact, crop, references, wholes, settings, seed)
-        guide, collage = wholes[match.reference], believed(match.collage, settings)
-        if match.region is not None:
-            guide = encode_reference(model, references[match.reference], grow(match.region, settings.region_margin) * guide.mask)
         told = progress and (lambda done, total, index=index: progress(index * total + done, len(artifacts) * total))
-        result = redraw(model, result, artifact, crop, guide, collage, settings, seed, told)
+        with model.reusing_latents():
+            match = best_match(model, result, artifact, crop, references, wholes, settings, seed)
+            guide, collage = wholes[match.reference], believed(match.collage, settings)
+            if match.region is not None:
+                guide = encode_reference(model, references[match.reference], grow(match.region, settings.region_margin) * guide.mask)
+            result = redraw(model, result, artifact, crop, guide, collage, settings, seed, told)
         matches.append(match)
     return Refined(result, matches)
 

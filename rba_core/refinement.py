@@ -91,6 +91,7 @@ def refine(
     if guidance != 1:
         condition = condition.expand(2, -1, -1, -1)
         embedding = torch.cat([model.unconditional(embedding), embedding])
+    together = 1 if model.sparing else len(condition)
 
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(known.shape, generator=generator).to(known)
@@ -101,7 +102,8 @@ def refine(
     for index, timestep in enumerate(sampler.timesteps):
         scaled = sampler.scale_model_input(latents, timestep)
         sample = model.unet_input(scaled.expand(len(condition), -1, -1, -1), condition)
-        prediction = model.unet(sample, timestep.to(sample.device), embedding, **model.context_residuals(sample)).sample
+        branches = zip(sample.split(together), embedding.split(together))
+        prediction = torch.cat([model.unet(one, timestep.to(one.device), tokens, **model.context_residuals(one)).sample for one, tokens in branches])
         if guidance != 1:
             dropped, guided = prediction.chunk(2)
             prediction = dropped + guidance * (guided - dropped)

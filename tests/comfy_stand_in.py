@@ -82,6 +82,11 @@ class PreviewImage:
         self.image = image
 
 
+class PreviewText:
+    def __init__(self, value):
+        self.value = value
+
+
 def object_info(node: type[ComfyNode]) -> dict:
     """What `/object_info` says of a node, but for keys that the pack has no hand in."""
     schema = node.define_schema()
@@ -144,7 +149,7 @@ def install() -> None:
     cpu = torch.device("cpu")
     modules = {
         "comfy_api": {},
-        "comfy_api.v0_0_2": {"ComfyExtension": ComfyExtension, "io": io, "ui": SimpleNamespace(PreviewImage=PreviewImage)},
+        "comfy_api.v0_0_2": {"ComfyExtension": ComfyExtension, "io": io, "ui": SimpleNamespace(PreviewImage=PreviewImage, PreviewText=PreviewText)},
         "comfy": {},
         "comfy.utils": {"ProgressBar": ProgressBar},
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
@@ -157,6 +162,7 @@ def install() -> None:
             "get_torch_device": lambda: cpu,
             "unet_offload_device": lambda: cpu,
             "intermediate_device": lambda: cpu,
+            "get_free_memory": lambda device: 1 << 40,
             "unet_dtype": lambda device, parameters, supported_dtypes: torch.float32,
         },
         "folder_paths": {"models_dir": "models", "folder_names_and_paths": {}},

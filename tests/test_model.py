@@ -338,3 +338,69 @@ def test_latents_are_scaled_and_decoded_back(make_model):
         assert torch.allclose(model.decode_latents(2 * latents), decoded, atol=1e-6)
     assert latents.shape == (1, 4, 8, 8)
     assert decoded.dtype == torch.float32 and decoded.min() >= 0 and decoded.max() <= 1
+
+
+def test_parts_that_are_offloaded_come_one_at_a_time(model_folder, model, monkeypatch):
+    """The U-Net and the encoder go to the device when they run, after the other has left it; what comes out is the same."""
+    offloaded = RefineByAlign.load(model_folder, low_memory=True)
+    moves = []
+    for name in ("unet", "encoder"):
+        part = getattr(offloaded, name)
+        monkeypatch.setattr(part, "to", lambda device, name=name, part=part: (moves.append((name, str(device))), part)[1])
+    offloaded.offload("cpu:0")  # after that of loading, whose device is called otherwise
+    moves.clear()
+    pictures = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(offloaded.embed(pictures), model.embed(pictures), atol=1e-5)
+        assert [move for move in moves if move[1] == "cpu:0"] == [("encoder", "cpu:0")] and moves.index(("unet", "cpu")) < moves.index(("encoder", "cpu:0"))
+        moves.clear()
+        sample, step, tokens = torch.zeros(1, 9, 8, 8), torch.tensor([1]), torch.zeros(1, 256, 32)
+        assert torch.allclose(offloaded.unet(sample, step, tokens).sample, model.unet(sample, step, tokens).sample, atol=1e-4)
+        assert [move for move in moves if move[1] == "cpu:0"] == [("unet", "cpu:0")] and moves.index(("encoder", "cpu")) < moves.index(("unet", "cpu:0"))
+    assert offloaded.device == torch.device("cpu")
+
+
+def test_a_picture_is_encoded_once_where_latents_are_reused(make_model, monkeypatch):
+    model = make_model()
+    encoded = []
+    monkeypatch.setattr(model.vae, "encode", lambda pictures, encode=model.vae.encode: (encoded.append(pictures), encode(pictures))[1])
+    one, other = torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        latents = model.encode_image(one), model.encode_image(other)
+        encoded.clear()
+        with model.reusing_latents():
+            for picture, expected in [(one, latents[0]), (other, latents[1]), (one.clone(), latents[0]), (other, latents[1])]:
+                assert torch.equal(model.encode_image(picture), expected)
+        assert len(encoded) == 2
+        model.encode_image(one)
+    assert len(encoded) == 3 and model.known_latents is None
+
+
+def test_tiles_only_above_the_autoencoder_s_own_size(make_model):
+    """At its own size nothing changes; above it the seams do, and little."""
+    model = make_model.__wrapped__()
+    size = model.vae.config.sample_size // model.stride
+    own, larger = (torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)) for side in (size, 2 * size))
+    with torch.no_grad():
+        whole = model.decode_latents(own), model.decode_latents(larger)
+        model.spare_memory()
+        tiled = model.decode_latents(own), model.decode_latents(larger)
+        model.spare_memory(False)
+        assert torch.equal(model.decode_latents(larger), whole[1])
+    assert torch.equal(tiled[0], whole[0]) and not torch.equal(tiled[1], whole[1])
+    assert tiled[1].shape == whole[1].shape and (tiled[1] - whole[1]).abs().mean() < 0.1
+
+
+def test_attention_is_fused_also_after_an_alignment_looked_at_a_layer(make_model):
+    model = make_model()
+    processors = {type(processor).__name__ for part in (model.unet, model.vae) for processor in part.attn_processors.values()}
+    assert processors == {"AttnProcessor2_0"} and model.encoder.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(model_folder, model, dtype):
+    half = RefineByAlign.load(model_folder, dtype=dtype)
+    assert {value.dtype for value in half.state_dict().values()} == {dtype}
+    with torch.no_grad():
+        pictures = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        assert (half.encode_image(pictures).float() - model.encode_image(pictures)).abs().amax() < 0.05

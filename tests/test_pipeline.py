@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from dataclasses import fields, replace
 
 import pytest
@@ -445,3 +446,17 @@ def test_looks_end_where_the_region_has_settled(model, scene, monkeypatch):
     looking = Looking()
     run(model, scene, aligner=looking, levels=4, register=False)
     assert [name for name, _ in looking.asked] == ["encode", "attend"] * 2
+
+
+def test_a_run_encodes_no_picture_twice(every_model, scene, monkeypatch):
+    """Alignment and refinement look at the same crops: fewer passes of the autoencoder, the same result bit for bit."""
+    encoded = []
+    encode = every_model.vae.encode
+    monkeypatch.setattr(every_model.vae, "encode", lambda pictures: (encoded.append(pictures), encode(pictures))[1])
+    kept = run(every_model, scene, on_flat="single-stage").image
+    assert not any(torch.equal(one, other) for index, one in enumerate(encoded) for other in encoded[:index])
+    count = len(encoded)
+    encoded.clear()
+    monkeypatch.setattr(every_model, "reusing_latents", nullcontext)
+    again = run(every_model, scene, on_flat="single-stage").image
+    assert len(encoded) > count and torch.equal(kept, again)

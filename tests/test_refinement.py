@@ -280,3 +280,16 @@ def test_without_a_collage_strength_changes_nothing(model, crop, reference):
 def test_a_strength_outside_0_to_1_is_refused(model, crop, reference, strength):
     with pytest.raises(InputError, match="strength"):
         refine(model, crop, reference, strength=strength)
+
+
+def test_guidance_in_two_passes_is_that_in_one(make_model, scene):
+    model = make_model.__wrapped__()
+    crop = zoom_crop(scene.image, scene.mask, 64, context=2, multiple=8)
+    reference = encode_reference(model, scene.reference, scene.reference_mask)
+    batches = []
+    model.unet.register_forward_pre_hook(lambda unet, arguments: batches.append(len(arguments[0])))
+    together = refine(model, crop, reference, guidance=3.0)
+    model.spare_memory()
+    apart = refine(model, crop, reference, guidance=3.0)
+    assert batches == [2] * 3 + [1] * 6
+    assert (together - apart).abs().max() < 1e-4

@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..imageio import write_picture
 from .doubt import KINDS, doubt_table
 from .grid_search import CURVES, HEAT_MAP
+from .memory import WORK, memory_setting, memory_tables, memory_title
 from .methods import METHODS, NEED_WEIGHTS
 from .run import HEADINGS, MEASURES, by_method, figure, interval, write_whole
 from .sheet import caption, columns, contact_sheet, tile_of
@@ -45,13 +46,13 @@ figcaption { font-size: 11px; color: #777 } .words { font-size: 12px; margin: .9
 
 
 def write_report(sources: Sequence[str | Path], target: str | Path) -> None:
-    """Write a page with a section for each JSON file of `rba bench run`, `doubt`, `speed`, `grid-search`, `steps` and
-    `study-table`; a folder stands for all of them in it. HTML holds its pictures, Markdown refers to those beside the JSON files."""
+    """Write a page with a section for each JSON file of `rba bench run`, `doubt`, `speed`, `memory`, `grid-search`, `steps`
+    and `study-table`; a folder stands for all of them in it. HTML holds its pictures, Markdown refers to those beside the JSON files."""
     target = Path(target)
     page = Html() if target.suffix.lower() in (".html", ".htm") else Markdown(target.parent)
     named = " ".join(Path(source).name for source in sources)
     page.heading(1, TITLE)
-    page.text(f"Made by `rba report {named}` from JSON files, each written by `rba bench run`, `doubt`, `speed`, `grid-search`, `steps` or `study-table`. In brackets 95% confidence intervals, by bootstrap over items.")
+    page.text(f"Made by `rba report {named}` from JSON files, each written by `rba bench run`, `doubt`, `speed`, `memory`, `grid-search`, `steps` or `study-table`. In brackets 95% confidence intervals, by bootstrap over items.")
     for source in (path for given in sources for path in _files(Path(given))):
         try:
             results = json.loads(source.read_text())
@@ -64,7 +65,7 @@ def write_report(sources: Sequence[str | Path], target: str | Path) -> None:
 
 
 def section_of(results: dict):
-    for key, section in (("gamma", grid_section), ("steps", steps_section), ("kinds", doubt_section), ("pairs", study_section), ("speed", speed_section)):
+    for key, section in (("gamma", grid_section), ("steps", steps_section), ("kinds", doubt_section), ("pairs", study_section), ("speed", speed_section), ("memory", memory_section)):
         if key in results:
             return section
     return run_section
@@ -115,6 +116,15 @@ def speed_section(page: Page, results: dict, source: Path) -> None:
     page.table(speed_table(results))
     page.points(speed_sentences(results))
     page.points(speed_meanings(results))
+
+
+def memory_section(page: Page, results: dict, source: Path) -> None:
+    page.heading(2, f"Memory: {memory_title(results)}")
+    page.text(memory_setting(results))
+    parts, settings = memory_tables(results)
+    page.table(settings)
+    page.table(parts)
+    page.points([f"**{work}**: {meaning}" for work, meaning in WORK.items()])
 
 
 def run_section(page: Page, results: dict, source: Path) -> None:

@@ -455,6 +455,11 @@ def speed_sentences(results: dict) -> list[str]:
         )
         if peaks := [f"{work} {figures['peak_bytes'][work] / 2**30:.2f} GiB" for work in ("align", "refine") if work in figures["peak_bytes"]]:
             lines[-1] += f" GPU memory at most: {', '.join(peaks)}."
+    loop = costs["denoising loop"]["flops"] / steps * default
+    lines.append(
+        f"By FLOPs a VAE encode is {costs['VAE encode']['flops'] / loop:.1%} and the decode {costs['VAE decode']['flops'] / loop:.1%} of the bare loop of {default} step{'s' * (default != 1)}. "
+        "Within a run of the whole method `refine` encodes one picture less than here, or two without a registered reference: the alignment has encoded them."
+    )
     if results["peak_process_bytes"]:
         lines.append(f"Main memory of the process at most {results['peak_process_bytes'] / 2**30:.2f} GiB (ru_maxrss: libraries, the shipped model and, on a CPU, all weights).")
     return lines

@@ -84,3 +84,12 @@ def test_progress_runs_over_the_batch(nodes):
         for done in (1, 2, 3):
             progress.of(index)(done, 3)
     assert comfy_stand_in.ProgressBar.made[-1].updates == [(1, 6), (2, 6), (3, 6), (4, 6), (5, 6), (6, 6)]
+
+
+def test_memory_is_spared_where_little_is_free(nodes, loaded, monkeypatch):
+    assert nodes.types.on_device(loaded).sparing is False
+    monkeypatch.setattr(nodes.types.model_management, "get_free_memory", lambda device: 1000)
+    try:
+        assert nodes.types.on_device(loaded).sparing is True
+    finally:
+        loaded.model.network.spare_memory(False)
