@@ -71,7 +71,7 @@ def read_dinov2(source: str | Path) -> Dinov2Model:
         raise InputError("dinov2", f"{source.name} has register tokens", "give the weights without registers: dinov2_vitg14_pretrain.pth, or dinov2-giant of transformers")
     original = any(key.startswith("blocks.") for key in tensors)
     try:
-        config = Dinov2Config.from_pretrained(source, local_files_only=True) if source.is_dir() else _config(source, tensors, original)
+        config = Dinov2Config.from_pretrained(source, local_files_only=True) if source.is_dir() else sizes(source, tensors, original)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError("dinov2", f"{source / 'config.json'} cannot be read ({' '.join(str(error).split())[:120]})", "copy the folder again") from error
     wanted, state = {}, {}
@@ -85,7 +85,8 @@ def read_dinov2(source: str | Path) -> Dinov2Model:
         return Dinov2Model.from_pretrained(None, config=config, state_dict={key: value.float() for key, value in state.items()}, local_files_only=True).eval()
 
 
-def _config(source: Path, tensors: dict[str, Tensor], original: bool) -> Dinov2Config:
+def sizes(source: Path, tensors: dict[str, Tensor], original: bool) -> Dinov2Config:
+    """What a file's tensors tell of their network, under the names of the original repository or of transformers. Raises `InputError`."""
     embeddings, block = ("", "blocks") if original else ("embeddings.", "encoder.layer")
     table, projection = (f"{embeddings}{name}" for name in (("pos_embed", "patch_embed.proj.weight") if original else ("position_embeddings", "patch_embeddings.projection.weight")))
     for key, axes in ((table, 3), (projection, 4)):

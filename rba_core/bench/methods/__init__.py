@@ -10,6 +10,7 @@ from ...errors import InputError
 from . import features, oracle_warp, sift_warp, telea
 from .cross_image_attention import CrossImageAttention
 from .dift import Dift
+from .mimicbrush import MimicBrush
 from .ours import detail, no_reference, oracle, paper, single_stage, unregistered
 from .outcome import Method, Outcome
 from .paint_by_example import PaintByExample
@@ -20,7 +21,9 @@ METHODS: dict[str, Method] = {
     "no-reference": no_reference, "none": telea.none, "telea": telea.telea, "sift-warp": sift_warp.sift_warp, "oracle-warp": oracle_warp.oracle_warp,
 }  # fmt: skip
 NEED_MODEL = set(METHODS) - {"none", "telea", "sift-warp", "oracle-warp"}
-NEED_WEIGHTS = {"paint-by-example": PaintByExample, "sd-inpainting": StableDiffusionInpainting, "cross-image-attention": CrossImageAttention, "dift": Dift}
+NEED_WEIGHTS = {
+    "paint-by-example": PaintByExample, "mimicbrush": MimicBrush, "sd-inpainting": StableDiffusionInpainting, "cross-image-attention": CrossImageAttention, "dift": Dift,
+}  # fmt: skip
 """Classes, made with a folder of weights, a device and a dtype; their objects are methods."""
 
 
