@@ -51,7 +51,7 @@ def read_depth_anything(source: str | Path) -> DepthAnythingForDepthEstimation:
     try:
         with quiet():
             network, report = DepthAnythingForDepthEstimation.from_pretrained(
-                None, config=config, state_dict={key: value.float() for key, value in state.items()}, output_loading_info=True
+                None, config=config, state_dict={key: value.float() for key, value in state.items()}, local_files_only=True, output_loading_info=True
             )
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise InputError("depth anything", f"{source.name} has no head of DPT's", "give depth_anything_vitb14.pth, whole") from error

@@ -105,7 +105,7 @@ class MimicBrush(LatentSpace):
             layer.register_forward_pre_hook(lambda layer, args, name=name: self.seen.__setitem__(name, args[0]))
 
     def read(self, folder: Path) -> None:
-        state = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(str(folder / WEIGHTS), map_location="cpu", weights_only=True, mmap=True)
         self.unet = UNet2DConditionModel(**self.network)
         self.unet.load_state_dict(state["unet"])
         self.reference_unet = UNet2DConditionModel(**self.network | {"in_channels": 4})
@@ -120,7 +120,9 @@ class MimicBrush(LatentSpace):
         self.image_projection.load_state_dict({name.removeprefix("projector."): value for name, value in state["image_proj"].items()})
         with quiet():
             config = CLIPVisionConfig.from_pretrained(folder / IMAGE_ENCODER, local_files_only=True)
-            self.image_encoder, report = CLIPVisionModelWithProjection.from_pretrained(None, config=config, state_dict=state["image_encoder"], output_loading_info=True)
+            self.image_encoder, report = CLIPVisionModelWithProjection.from_pretrained(
+                None, config=config, state_dict=state["image_encoder"], local_files_only=True, output_loading_info=True
+            )
         if report["missing_keys"] or report["mismatched_keys"]:
             raise ValueError("image_encoder lacks weights")
         self.vae = read_part(AutoencoderKL, folder / VAE)
