@@ -51,7 +51,8 @@ def probabilities(attn: Attention, args: tuple, kwargs: dict) -> Tensor:
 
 
 def attention_at(unet: UNet2DConditionModel, layer: int, sample: Tensor, timestep: Tensor, context: Tensor, **residuals) -> Tensor:
-    """`probabilities` of one layer. Nothing after the layer runs."""
+    """`probabilities` of one layer. Nothing after the layer runs. A compiled U-Net runs as it was: no hook leaves a graph half way."""
+    unet = getattr(unet, "_orig_mod", unet)
     layers = cross_attentions(unet)
     if not 0 <= layer < len(layers):
         raise InputError("layer", f"is {layer}", f"this model has cross-attention layers 0 to {len(layers) - 1}")
@@ -61,7 +62,7 @@ def attention_at(unet: UNet2DConditionModel, layer: int, sample: Tensor, timeste
 
     handle = layers[layer].register_forward_pre_hook(read, with_kwargs=True)
     try:
-        unet(sample, timestep, context, **residuals)
+        (unet._call_impl if getattr(unet, "_compiled_call_impl", None) else unet)(sample, timestep, context, **residuals)
     except Reached as reached:
         return reached.value
     finally:

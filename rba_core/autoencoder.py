@@ -32,7 +32,7 @@ class BlockAutoencoder(ModelMixin, ConfigMixin):
             raise ValueError(f"latent_channels is {latent_channels}, luma + 2 chroma {luma + 2 * chroma}")
         basis = block_basis(patch_size, luma, chroma)
         self.register_buffer("analysis", basis)
-        self.register_buffer("synthesis", torch.linalg.pinv(basis.flatten(1)).T.reshape(basis.shape))
+        self.register_buffer("synthesis", torch.linalg.pinv(basis.flatten(1)).T.reshape(basis.shape).contiguous())  # else older diffusers refuse to save it
         self.register_buffer("scale", torch.ones(latent_channels))
         self.residual = nn.Sequential(
             nn.PixelUnshuffle(2), nn.Conv2d(12, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),

@@ -302,6 +302,15 @@ def bench_make(options) -> None:
     print(f"{options.folder}  ({options.n} items)")
 
 
+def bench_caption(options) -> None:
+    from .bench.captions import Captioner, caption_set
+
+    captioner = Captioner(options.blip2, **_machine(options))
+    with _bar("caption", "item") as progress:
+        written = caption_set(options.set, captioner, options.limit, progress)
+    print(f"{Path(options.set) / 'index.jsonl'}  ({written} captions)")
+
+
 def train(options) -> None:
     from .training.loop import Stopped
     from .training.train import train
@@ -567,12 +576,18 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--workers", type=int, default=1, metavar="N", help="processes, one core each (default: %(default)s)")
     command.set_defaults(command=bench_make)
 
+    command = benches.add_parser("caption", parents=[machine], help="write the captions that a set lacks, for CLIP-T")
+    command.add_argument("set", metavar="SET", help="folder with index.jsonl")
+    command.add_argument("--blip2", required=True, metavar="FOLDER", help="a Blip2ForConditionalGeneration, in the layout of transformers")
+    command.add_argument("--limit", type=int, metavar="N", help="only the first N items")
+    command.set_defaults(command=bench_caption)
+
     weights = argparse.ArgumentParser(add_help=False)
-    weights.add_argument("--weights", action="append", default=[], metavar="NAME=PATH", help="folder, in the layout of diffusers, of a method with weights of your own; once for each")
+    weights.add_argument("--weights", action="append", default=[], metavar="NAME=PATH", help="folder, in the layout of diffusers or, of mimicbrush, its authors', of a method with weights of your own; once for each")
 
     command = benches.add_parser("run", parents=[model, weights], help="measure methods on benchmark sets; goes on where it stopped, and under `accelerate launch` shares the work")
     command.add_argument("sets", nargs="+", metavar="SET", help="folder with index.jsonl")
-    command.add_argument("--methods", default="none,telea,sift-warp,paper,detail", help="comma-separated; also single-stage, no-reference, features, unregistered, oracle, oracle-warp, and with weights of your own paint-by-example, sd-inpainting, cross-image-attention, dift, anydoor (default: %(default)s)")
+    command.add_argument("--methods", default="none,telea,sift-warp,paper,detail", help="comma-separated; also single-stage, no-reference, features, unregistered, oracle, oracle-warp, and with weights of your own paint-by-example, anydoor, mimicbrush, sd-inpainting, cross-image-attention, dift (default: %(default)s)")
     command.add_argument("--judges", default="kgain", metavar="NAME[=PATH],…", help="further metrics: kgain, ocr, and by weights of yours, from PATH or the hub's cache, clip, dino and lpips (default: %(default)s)")
     command.add_argument("--limit", type=int, metavar="N", help="only the first N items of each")
     command.add_argument("-o", "--out", default="rba-bench", metavar="DIR", help="report.html, a JSON file and a contact sheet for each set, and what is kept of each item (default: %(default)s)")

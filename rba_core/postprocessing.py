@@ -29,6 +29,10 @@ class CleaningSettings:
     peak_support: float = 0.25
     flatness: float = 1.5
 
+    def __post_init__(self):
+        if not 0 < self.threshold <= 1:
+            raise InputError("threshold", f"is {self.threshold:g}", "use a share of the peak, above 0 and up to 1")
+
 
 @dataclass(frozen=True)
 class MatchedRegion:
@@ -61,8 +65,6 @@ def largest_blob(soft: np.ndarray, level: float) -> np.ndarray:
 
 def clean(raw: Tensor, reference: EncodedReference, settings: CleaningSettings = CleaningSettings()) -> MatchedRegion:
     """M^(t,l) `[N, N]` -> M*. Raises `InputError` where the map is empty or flat."""
-    if not 0 < settings.threshold <= 1:
-        raise InputError("threshold", f"is {settings.threshold:g}", "use a share of the peak, above 0 and up to 1")
     if not torch.isfinite(raw).all() or raw.amax() <= 0:
         raise InputError("alignment", "gave an empty map", "check that the mask lies on the object, or align another layer or timestep")
     coverage = reference.to_tokens(reference.mask)

@@ -177,6 +177,24 @@ def dinov2(width: int, depth: int, swiglu: bool = False, positions: int = 37) ->
     return dict(shapes)
 
 
+def depth_anything(width: int = 64, neck: tuple[int, ...] = (8, 8, 16, 16), fusion: int = 8) -> dict[str, tuple[int, ...]]:
+    """A DINOv2 of four layers, and DPT's head."""
+    shapes = Shapes({f"pretrained.{name}": shape for name, shape in dinov2(width, 4).items()})
+    for level, (channels, side) in enumerate(zip(neck, (4, 2, None, 3))):
+        shapes.add(f"depth_head.projects.{level}", channels, width, 1, 1)
+        if side:
+            shapes.add(f"depth_head.resize_layers.{level}", channels, channels, side, side)
+        shapes.add(f"depth_head.scratch.layer{level + 1}_rn", fusion, channels, 3, 3, bias=False)
+        shapes.add(f"depth_head.scratch.refinenet{level + 1}.out_conv", fusion, fusion, 1, 1)
+        for unit in (1, 2):
+            for conv in (1, 2):
+                shapes.add(f"depth_head.scratch.refinenet{level + 1}.resConfUnit{unit}.conv{conv}", fusion, fusion, 3, 3)
+    shapes.add("depth_head.scratch.output_conv1", fusion // 2, fusion, 3, 3)
+    shapes.add("depth_head.scratch.output_conv2.0", 32, fusion // 2, 3, 3)
+    shapes.add("depth_head.scratch.output_conv2.2", 1, 32, 1, 1)
+    return dict(shapes)
+
+
 def randomly(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
     """Every tensor different, and of a size that a deep network bears."""
     generator = torch.Generator().manual_seed(seed)

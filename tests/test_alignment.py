@@ -179,6 +179,17 @@ def test_a_layer_that_does_not_exist_is_refused(model, inputs, layer):
         attention_at(model.unet, layer, *inputs[1:])
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_unet_aligns_as_it_did(make_model, inputs, in_place):
+    model, (_, *given) = make_model.__wrapped__(), inputs
+    wanted, compiled = attention_at(model.unet, 9, *given), model.unet
+    if in_place:
+        compiled.compile(backend="eager")
+    else:
+        compiled = torch.compile(compiled, backend="eager")
+    assert torch.equal(attention_at(compiled, 9, *given), wanted)
+
+
 def test_correspondence_weights_the_rows_and_sums_to_one():
     mask = torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]])  # cells of 1, 1/2, 0 and 1/2
     assert correspondence(torch.eye(4), mask).tolist() == [[0.5, 0.25], [0.0, 0.25]]

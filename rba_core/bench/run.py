@@ -243,7 +243,7 @@ def write_json(path: Path, results: dict) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

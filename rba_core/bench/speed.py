@@ -10,12 +10,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
+from diffusers import StableDiffusionInpaintPipeline
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,8 +44,10 @@ PEAKS = {"NVIDIA H100 80GB HBM3": (989e12, 3.35e12), "NVIDIA H200": (989e12, 4.8
 """Dense FLOP/s in half precision and bytes/s, from NVIDIA's data sheets of the SXM modules."""
 PARTS = {"U-Net": "unet", "VAE encode": "encode_image", "VAE decode": "decode_latents", "encoder": "tokens"}
 """The networks, and what of a `RefineByAlign` runs them."""
-ROUND = ("align", *("alignment pass", "U-Net forward") * 3, "refine", "denoising loop", "register", "detail transfer", "stitch")
+ROUND = ("align", *("alignment pass", "U-Net forward") * 3, "refine", "denoising loop", "diffusers pipeline", "register", "detail transfer", "stitch")
 """What a round of measuring runs, so that what is compared runs in turn."""
+INPAINTING_CHANNELS = 9
+"""Of the U-Nets that diffusers' inpainting pipeline takes: those of Stable Diffusion's sizes; the shipped model's has more."""
 ALIGNMENT, NO_NETWORK = ("align", "alignment pass"), ("register", "detail transfer", "stitch")
 MEANINGS = {
     "align": "all that finds M* by default: two looks, each two VAE passes and an alignment pass; a close-up encoded in between",
@@ -52,6 +55,7 @@ MEANINGS = {
     "U-Net forward": "the whole U-Net on the same input, batch 1",
     "refine": "`refine` of one crop, departing from a registered reference",
     "denoising loop": "the U-Net's forwards of that refinement, on the inputs they had there, and the sampler's steps",
+    "diffusers pipeline": "`StableDiffusionInpaintPipeline` on the same crop, with the same U-Net, VAE, sampler, steps, guidance and context",
     "VAE encode": "one pass of those in align and refine",
     "VAE decode": "the pass in refine",
     "encoder": "DINOv2, one pass of those in align and refine",
@@ -138,6 +142,23 @@ class Case:
             latents = sampler.step(prediction, timestep, latents, return_dict=False)[0]
         return latents
 
+    @cached_property
+    def pipeline(self) -> StableDiffusionInpaintPipeline:
+        model = self.model
+        pipeline = StableDiffusionInpaintPipeline(
+            model.vae, None, None, model.unet, make_scheduler(model, model.config.scheduler), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def diffusers_pipeline(self) -> Tensor:
+        model, crop, context = self.model, self.crop, self.guide.embedding
+        self.pipeline.unet = model.unet  # the variant's
+        return self.pipeline(
+            prompt_embeds=context, negative_prompt_embeds=torch.zeros_like(context), image=crop.image[None], mask_image=crop.mask[None, None], height=model.config.image_size,
+            width=model.config.image_size, num_inference_steps=self.steps, guidance_scale=model.config.guidance, generator=torch.Generator().manual_seed(0), output_type="pt",
+        ).images[0]  # fmt: skip
+
     def register(self) -> Collage:
         return lay_over(self.crop, self.scene.reference, self.scene.reference_mask, self.scene.match.region, self.scene.image)
 
@@ -199,7 +220,8 @@ def measure_speed(
     unet = torch.compile(model.unet, dynamic=False) if compile else None
     runs = {name: defaultdict(list) for name in names}
     rounds = range(-max(warm_up, compile), repeats)  # the first call of a compiled network compiles it
-    own_work = {name: [work for work in ROUND if not (name != "eager" and work in NO_NETWORK or compiled and work in ALIGNMENT)] for name, (compiled, _) in zip(names, variants)}
+    todo = [work for work in ROUND if work != "diffusers pipeline" or model.unet.config.in_channels == INPAINTING_CHANNELS]
+    own_work = {name: [work for work in todo if not (name != "eager" and work in NO_NETWORK or compiled and work in ALIGNMENT)] for name, (compiled, _) in zip(names, variants)}
     done, total = 0, len(rounds) * sum(map(len, own_work.values()))
     for number in rounds:
         for name, (compiled, last) in zip(names, variants):
@@ -331,6 +353,7 @@ def summary(runs: dict[str, list[Run]], steps: int, default_steps: int) -> dict:
     overhead    of refine: "whole", over its denoising loop as a share of that, the medians of the rounds; of it "networks", VAE and encoder,
                 and "own", what remains; within one call, so that it holds on a busy machine too, "rest": what is no network, sampler
                 included, as a share of its U-Net, and "default": that and VAE and encoder spread over the model's own number of steps
+    over_pipeline   refine over diffusers' own pipeline, where that takes the U-Net
     peak_bytes  {work: the most memory allocated}, of a GPU
     """
     seconds = {work: [run.seconds for run in own] for work, own in runs.items()}
@@ -351,12 +374,14 @@ def summary(runs: dict[str, list[Run]], steps: int, default_steps: int) -> dict:
         "rest": [(run.seconds - run.inside(*PARTS)) / run.inside("U-Net") for run, _ in pairs],
         "default": [(run.seconds - run.inside(*PARTS) + run.inside(*besides) * steps / default_steps) / run.inside("U-Net") for run, _ in pairs],
     }
+    to_pipeline = [run.seconds / other.seconds for run, other in zip(runs["refine"], runs["diffusers pipeline"])]
     ratios = [part.seconds / full.seconds for part, full in zip(runs["alignment pass"], runs["U-Net forward"])]
     return {
         "seconds": {work: {"median": statistics.median(own), "least": min(own), "most": max(own), "n": len(own)} for work, own in seconds.items() if own},
         "inside": inside,
         "ratio": statistics.median(ratios) if ratios else None,
         "overhead": {name: statistics.median(values) for name, values in shares.items()},
+        "over_pipeline": statistics.median(to_pipeline) if to_pipeline else None,
         "peak_bytes": {work: max(run.peak_bytes for run in own) for work, own in runs.items() if own and own[0].peak_bytes is not None},
     }
 
@@ -453,6 +478,8 @@ def speed_sentences(results: dict) -> list[str]:
             f"{overhead['networks']:.1%}, the remainder {overhead['own']:.1%}. Within `refine`, what is no network, sampler included, is {overhead['rest']:.1%} of the U-Net."
             + (f" Were VAE and encoder spread over the model's {default} steps, it would take {overhead['default']:.1%} more than its U-Net." if default != steps else "")
         )
+        if figures.get("over_pipeline"):
+            lines[-1] += f" It takes {figures['over_pipeline']:.2f} times as long as diffusers' `StableDiffusionInpaintPipeline` with the same networks, sampler, steps and crop."
         if peaks := [f"{work} {figures['peak_bytes'][work] / 2**30:.2f} GiB" for work in ("align", "refine") if work in figures["peak_bytes"]]:
             lines[-1] += f" GPU memory at most: {', '.join(peaks)}."
     loop = costs["denoising loop"]["flops"] / steps * default

@@ -73,7 +73,7 @@ def read_dinov2(source: str | Path) -> Dinov2Model | Dinov2WithRegistersModel:
     kind, model = (Dinov2WithRegistersConfig, Dinov2WithRegistersModel) if registers else (Dinov2Config, Dinov2Model)
     original = any(key.startswith("blocks.") for key in tensors)
     try:
-        config = kind.from_pretrained(source, local_files_only=True) if source.is_dir() else kind(**_sizes(source, tensors, original))
+        config = kind.from_pretrained(source, local_files_only=True) if source.is_dir() else kind(**sizes(source, tensors, original))
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError("dinov2", f"{source / 'config.json'} cannot be read ({' '.join(str(error).split())[:120]})", "copy the folder again") from error
     wanted, state = {}, {}
@@ -87,7 +87,8 @@ def read_dinov2(source: str | Path) -> Dinov2Model | Dinov2WithRegistersModel:
         return model.from_pretrained(None, config=config, state_dict={key: value.float() for key, value in state.items()}, local_files_only=True).eval()
 
 
-def _sizes(source: Path, tensors: dict[str, Tensor], original: bool) -> dict:
+def sizes(source: Path, tensors: dict[str, Tensor], original: bool) -> dict:
+    """The arguments of `Dinov2Config` that a file's tensors tell of, under the names of the original repository or of transformers. Raises `InputError`."""
     embeddings, block = ("", "blocks") if original else ("embeddings.", "encoder.layer")
     table, projection = (f"{embeddings}{name}" for name in (("pos_embed", "patch_embed.proj.weight") if original else ("position_embeddings", "patch_embeddings.projection.weight")))
     for key, axes in ((table, 3), (projection, 4)):

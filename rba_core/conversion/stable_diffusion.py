@@ -115,8 +115,8 @@ def import_sd15(checkpoint: str | Path, folder: str | Path, dinov2: str | Path, 
         settings, scheduler, projector = _read_mlp(Path(mlp))
 
     aside = _fill(checkpoint, unet, vae)
-    encoder = read_dinov2(dinov2)
     with torch.random.fork_rng(devices=[]):
+        encoder = read_dinov2(dinov2)  # transformers 4 draws before it reads
         torch.manual_seed(seed)
         model = RefineByAlign(settings, vae, unet, encoder, scheduler).eval()
     if projector is not None:

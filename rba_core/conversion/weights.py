@@ -28,7 +28,7 @@ def open_weights(name: str, *files: Path) -> dict[str, Tensor]:
                 with safe_open(file, "pt") as opened:
                     tensors |= {key: opened.get_tensor(key) for key in opened.keys()}
             else:
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                state = torch.load(str(file), map_location="cpu", weights_only=True, mmap=True)  # a str: torch 2.2 maps no Path
                 tensors |= {key: value for key, value in state.get("state_dict", state).items() if isinstance(value, Tensor)}
         except Exception as error:  # torch.load raises what the zip reader and the unpickler happen to raise
             reason = "holds more than weights, or is of an old format" if file.exists() and file.suffix != ".safetensors" else type(error).__name__

@@ -13,6 +13,7 @@ from rba_core.errors import InputError
 from rba_core.refinement import refine
 
 NETWORKS = {"align", "alignment pass", "U-Net forward", "refine", "denoising loop", "VAE encode", "VAE decode"}
+PIPELINE = {"diffusers pipeline"}
 EIGHTH = {
     "model": {"image_size": 128},
     "vae": {"block_out_channels": [16, 32, 64, 64], "norm_num_groups": 8, "sample_size": 128},
@@ -57,8 +58,9 @@ def full_size() -> tuple[speed.Case, dict]:
 
 def test_what_is_measured(small, tiny):
     assert set(small["variants"]) == {"eager", "channels-last"} and set(tiny["variants"]) == {"eager"}
-    assert set(small["variants"]["eager"]["seconds"]) == set(speed.MEANINGS) == set(tiny["variants"]["eager"]["seconds"])
-    assert set(small["variants"]["channels-last"]["seconds"]) == NETWORKS | {"encoder"}
+    assert set(small["variants"]["eager"]["seconds"]) == set(speed.MEANINGS) == set(tiny["variants"]["eager"]["seconds"]) | PIPELINE
+    assert not PIPELINE & set(tiny["variants"]["eager"]["seconds"]) and tiny["variants"]["eager"]["over_pipeline"] is None
+    assert set(small["variants"]["channels-last"]["seconds"]) == NETWORKS | PIPELINE | {"encoder"}
     for results in (small, tiny):
         assert set(results["costs"]) == NETWORKS | {"encoder"}
         for figures in results["variants"].values():
@@ -84,6 +86,21 @@ def test_passes_and_their_seconds_add_up(small, tiny):
     overhead = figures["overhead"]
     assert overhead["whole"] == pytest.approx(overhead["networks"] + overhead["own"]) and overhead["networks"] > 0
     assert 0 < overhead["rest"] < overhead["default"] and overhead["default"] == pytest.approx(figures["seconds"]["refine"]["median"] / figures["inside"]["refine"]["U-Net"]["seconds"] - 1)
+
+
+def test_the_yardstick_is_the_pipeline_of_diffusers(small):
+    """The same crop, steps, sampler and guidance: as many passes of the same networks, in batches of two, the same mask and context."""
+    model = speed.build("eighth", "cpu", torch.float32)
+    case = speed.Case.of(model, speed.sample_scene(), 3)
+    run, ours = (speed.timed(model, work, speed.Clock(model.device)) for work in (case.diffusers_pipeline, case.refine))
+    theirs, own = ([call.arguments for call in each.calls["U-Net"]] for each in (run, ours))
+    assert len(theirs) == len(own) == 3 and isinstance(case.pipeline.scheduler, type(speed.make_scheduler(model, "unipc")))
+    for (sample, step, *_), (other, timestep, _) in zip(theirs, own):
+        assert sample.shape == other.shape == (2, 9, 16, 16) and step == timestep
+    assert case.diffusers_pipeline().shape == (3, 128, 128)
+    seconds = small["variants"]["eager"]["seconds"]
+    assert small["variants"]["eager"]["over_pipeline"] == pytest.approx(seconds["refine"]["median"] / seconds["diffusers pipeline"]["median"])
+    assert "times as long as diffusers'" in speed.speed_sentences(small)[0]
 
 
 def test_the_costs_of_the_whole_are_those_of_its_passes(small):
@@ -155,8 +172,8 @@ def test_what_is_compiled(monkeypatch):
     called = []
     monkeypatch.setattr(torch, "compile", lambda module, **options: speed.Watched(module, lambda part, *inputs, **named: (called.append(inputs), part(*inputs, **named))[1]))
     figures = speed.measure_speed("eighth", steps=2, repeats=1, warm_up=0, compile=True)["variants"]
-    assert set(figures) == {"eager", "compile"} and len(called) == 2 * (3 + 2 + 2)  # a round to compile, a round that counts
-    assert set(figures["compile"]["seconds"]) == {"U-Net forward", "refine", "denoising loop", "VAE encode", "VAE decode"} and figures["compile"]["ratio"] is None
+    assert set(figures) == {"eager", "compile"} and len(called) == 2 * (3 + 2 + 2 + 2)  # a round to compile, a round that counts
+    assert set(figures["compile"]["seconds"]) == {"U-Net forward", "refine", "denoising loop", "VAE encode", "VAE decode"} | PIPELINE and figures["compile"]["ratio"] is None
     assert figures["compile"]["inside"]["refine"]["U-Net"]["passes"] == 2
 
 

@@ -96,7 +96,7 @@ def test_close_ups_show_the_region_large_and_keep_the_correspondence(kind, bank)
     whole, close = region(0.0), region(1.0)
     assert close[0].mean() > 1.4 * whole[0].mean()
     assert close[1].abs().amax() <= 1  # none of it is cut off
-    assert close[1].std() > 0.3  # nor always in the middle
+    assert close[1].std() > 0.25  # nor always in the middle
 
 
 def test_the_same_seed_gives_the_same_scenes_and_another_seed_others():

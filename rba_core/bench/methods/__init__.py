@@ -11,6 +11,7 @@ from . import features, oracle_warp, sift_warp, telea
 from .anydoor import AnyDoor
 from .cross_image_attention import CrossImageAttention
 from .dift import Dift
+from .mimicbrush import MimicBrush
 from .ours import detail, no_reference, oracle, paper, single_stage, unregistered
 from .outcome import Method, Outcome
 from .paint_by_example import PaintByExample
@@ -22,7 +23,8 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 NEED_MODEL = set(METHODS) - {"none", "telea", "sift-warp", "oracle-warp"}
 NEED_WEIGHTS = {
-    "paint-by-example": PaintByExample, "sd-inpainting": StableDiffusionInpainting, "cross-image-attention": CrossImageAttention, "dift": Dift, "anydoor": AnyDoor,
+    "paint-by-example": PaintByExample, "anydoor": AnyDoor, "mimicbrush": MimicBrush, "sd-inpainting": StableDiffusionInpainting,
+    "cross-image-attention": CrossImageAttention, "dift": Dift,
 }  # fmt: skip
 """Classes, made with a folder of weights, a device and a dtype; their objects are methods."""
 

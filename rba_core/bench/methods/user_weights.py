@@ -51,7 +51,25 @@ def read_parts(method: str, folder: str | Path, kinds: dict[str, type], channels
     return parts
 
 
-class StableDiffusion:
+class LatentSpace:
+    """A VAE's latents, scaled, float32 on the CPU; what has `vae`, `device` and `dtype` gets them here."""
+
+    vae: AutoencoderKL
+    device: str | torch.device
+    dtype: torch.dtype
+
+    def encode(self, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """`[B, 3, S, S]` in [0, 1] -> latents: the mode, or a sample where a generator is given."""
+        latents = self.vae.encode((pictures * 2 - 1).to(self.device, self.dtype)).latent_dist
+        noise = 0 if generator is None else latents.std.float().cpu() * torch.randn(latents.mean.shape, generator=generator)
+        return (latents.mean.float().cpu() + noise) * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The way back, clamped."""
+        return (self.vae.decode(latents.to(self.device, self.dtype) / self.vae.config.scaling_factor).sample.float().cpu() / 2 + 0.5).clamp(0, 1)
+
+
+class StableDiffusion(LatentSpace):
     """Stable Diffusion 1.x or 2.x, plain, for what no pipeline of diffusers does.
 
     size   side of its pictures, pixels
@@ -67,16 +85,6 @@ class StableDiffusion:
         """`[B, 77, C]`"""
         tokens = self.tokenizer(prompts, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt")
         return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
-
-    def encode(self, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """`[B, 3, S, S]` in [0, 1] -> scaled latents, float32 on the CPU: the mode, or a sample where a generator is given."""
-        latents = self.vae.encode((pictures * 2 - 1).to(self.device, self.dtype)).latent_dist
-        noise = 0 if generator is None else latents.std.float().cpu() * torch.randn(latents.mean.shape, generator=generator)
-        return (latents.mean.float().cpu() + noise) * self.vae.config.scaling_factor
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """The way back, clamped."""
-        return (self.vae.decode(latents.to(self.device, self.dtype) / self.vae.config.scaling_factor).sample.float().cpu() / 2 + 0.5).clamp(0, 1)
 
     def predict(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """What the U-Net makes of noisy latents `[B, 4, h, w]`, float32 on the CPU."""

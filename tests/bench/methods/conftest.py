@@ -8,10 +8,12 @@ import torch
 from diffusers import (
     AutoencoderKL, PaintByExamplePipeline, PNDMScheduler, StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel,
 )  # fmt: skip
+from checkpoints import Shapes, depth_anything, randomly
 from pictures import texture
-from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
+from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from rba_core.bench.dataset import BenchmarkSet
+from rba_core.bench.methods.mimicbrush import MimicBrush
 
 
 @pytest.fixture
@@ -59,11 +61,13 @@ def save_tokenizer(folder):
     return CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77), len(words)
 
 
+NETWORK = {
+    "sample_size": 8, "out_channels": 4, "block_out_channels": [16, 16, 32, 32], "layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 2, "norm_num_groups": 8,
+}  # fmt: skip
+
+
 def network(channels):
-    return UNet2DConditionModel(
-        sample_size=8, in_channels=channels, out_channels=4, block_out_channels=[16, 16, 32, 32], layers_per_block=1, cross_attention_dim=32,
-        attention_head_dim=2, norm_num_groups=8,
-    )  # fmt: skip
+    return UNet2DConditionModel(**NETWORK, in_channels=channels)
 
 
 def autoencoder():
@@ -118,3 +122,44 @@ def anydoor_folder(anydoor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights") / "anydoor"
     anydoor.save(folder)
     return folder
+
+
+def depth_guider():
+    """Of MimicBrush's file, whatever the size of its other networks."""
+    shapes = Shapes()
+    shapes.add("conv_in", 16, 1, 3, 3)
+    for number, (given, width) in enumerate([(16, 16), (16, 32), (32, 32), (32, 64), (64, 64), (64, 128)]):
+        shapes.add(f"blocks.{number}", width, given, 3, 3)
+    shapes.add("conv_out", 4, 128, 3, 3)
+    return shapes
+
+
+@pytest.fixture(scope="session")
+def mimicbrush_folder(tmp_path_factory):
+    """MimicBrush as published, with random weights."""
+    folder = tmp_path_factory.mktemp("weights") / "mimicbrush"
+    torch.manual_seed(2)
+    image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(
+        hidden_size=48, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14, projection_dim=32,
+    ))  # fmt: skip
+    block = "up_blocks.3.attentions.1."
+    left_out = ("conv_norm_out", "conv_out", f"{block}proj_out", *(f"{block}transformer_blocks.0.{part}." for part in ("attn1", "norm2", "attn2", "norm3", "ff")))
+    weights = {
+        "unet": network(13).state_dict(),
+        "referencenet": {name: value for name, value in network(4).state_dict().items() if not name.startswith(left_out)},
+        "depth_guider": randomly(depth_guider()),
+        "image_encoder": image_encoder.state_dict(),
+        "image_proj": randomly({"projector.weight": (32, 48), "projector.bias": (32,)}),
+    }
+    for part in ("mimicbrush", "depth_model"):
+        (folder / part).mkdir(parents=True)
+    torch.save(weights, folder / "mimicbrush" / "mimicbrush.bin")
+    torch.save(randomly(depth_anything()), folder / "depth_model" / "depth_anything_vitb14.pth")
+    autoencoder().save_pretrained(folder / "sd-vae-ft-mse")
+    image_encoder.config.save_pretrained(folder / "image_encoder")
+    return folder
+
+
+@pytest.fixture
+def small_mimicbrush(monkeypatch):
+    monkeypatch.setattr(MimicBrush, "network", NETWORK | {"in_channels": 13})

@@ -14,15 +14,21 @@ from rba_core.zoom_crop import separate
 
 
 @pytest.fixture
-def weights(sd_folder, inpainting_folder, example_folder, anydoor_folder):
-    return {"paint-by-example": example_folder, "sd-inpainting": inpainting_folder, "cross-image-attention": sd_folder, "dift": sd_folder, "anydoor": anydoor_folder}
+def weights(sd_folder, inpainting_folder, example_folder, anydoor_folder, mimicbrush_folder):
+    return {
+        "paint-by-example": example_folder, "anydoor": anydoor_folder, "mimicbrush": mimicbrush_folder, "sd-inpainting": inpainting_folder,
+        "cross-image-attention": sd_folder, "dift": sd_folder,
+    }  # fmt: skip
 
 
-STEPS = {"paint-by-example": {"steps": 2}, "sd-inpainting": {"steps": 2}, "cross-image-attention": {"steps": 22, "skipped": 10}, "dift": {}, "anydoor": {}}
+STEPS = {
+    "paint-by-example": {"steps": 2}, "anydoor": {}, "mimicbrush": {"steps": 2}, "sd-inpainting": {"steps": 2},
+    "cross-image-attention": {"steps": 22, "skipped": 10}, "dift": {},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NEED_WEIGHTS)
-def test_a_method_on_the_users_weights(small_set, weights, name, monkeypatch):
+def test_a_method_on_the_users_weights(small_set, weights, name, small_mimicbrush, monkeypatch):
     pytest.importorskip("cv2")
     for count, value in STEPS[name].items():
         monkeypatch.setattr(NEED_WEIGHTS[name], count, value)
