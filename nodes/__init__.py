@@ -3,10 +3,14 @@
 from .alignment import Align, EncodeReference, PostProcess, Register
 from .api import ComfyExtension, io
 from .loading import LoadModel, Sample
+from .native import AlignNative, InpaintingCondition, LoadReferenceEncoder, ReferenceConditioning
 from .preview import CorrespondencePreview
 from .refinement import Refine, RefineByAlign, Stitch, ZoomCrop
 
 
 class RefineByAlignExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadModel, RefineByAlign, EncodeReference, ZoomCrop, Align, PostProcess, Register, Refine, Stitch, CorrespondencePreview, Sample]
+        return [
+            LoadModel, RefineByAlign, EncodeReference, ZoomCrop, Align, PostProcess, Register, Refine, Stitch, CorrespondencePreview, Sample,
+            LoadReferenceEncoder, ReferenceConditioning, InpaintingCondition, AlignNative,
+        ]  # fmt: skip
