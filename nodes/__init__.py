@@ -5,10 +5,14 @@ from .api import ComfyExtension, io
 from .downloads import DownloadModel
 from .feature_alignment import AlignDIFT, AlignDINOv2
 from .loading import LoadModel, Sample
+from .native import AlignNative, InpaintingCondition, LoadReferenceEncoder, ReferenceConditioning
 from .preview import CorrespondencePreview
 from .refinement import Refine, RefineByAlign, Stitch, ZoomCrop
 
 
 class RefineByAlignExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadModel, RefineByAlign, EncodeReference, ZoomCrop, Align, PostProcess, Register, Refine, Stitch, CorrespondencePreview, Sample, AlignDINOv2, AlignDIFT, DownloadModel]
+        return [
+            LoadModel, RefineByAlign, EncodeReference, ZoomCrop, Align, PostProcess, Register, Refine, Stitch, CorrespondencePreview, Sample,
+            AlignDINOv2, AlignDIFT, DownloadModel, LoadReferenceEncoder, ReferenceConditioning, InpaintingCondition, AlignNative,
+        ]  # fmt: skip

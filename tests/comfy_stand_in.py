@@ -139,10 +139,37 @@ def load_models_gpu(models, memory_required=0, force_full_load=False):
         patcher.model.device = patcher.load_device  # as the real one does: fails where `device` is a property
 
 
+class Sampler:
+    pass
+
+
+class CFGGuider:
+    """One conditioning over a model with `process_latent_in`, `concat_keys` and `apply_model`; undoes `loaded` as the real one does."""
+
+    def __init__(self, model_patcher):
+        self.model_patcher, self.inner_model = model_patcher, model_patcher.model
+
+    def set_conds(self, positive, negative):
+        ((self.tokens, self.told),) = positive
+
+    def sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None):
+        self.inner_model.loaded = True
+        try:
+            return sampler.sample(self, sigmas, {"model_options": {}, "seed": seed}, callback, noise, self.inner_model.process_latent_in(latent_image))
+        finally:
+            self.inner_model.loaded = False
+
+    def __call__(self, x, sigma, model_options, seed):
+        concat = None
+        if self.inner_model.concat_keys:
+            concat = torch.cat([self.told["concat_mask"], self.inner_model.process_latent_in(self.told["concat_latent_image"])], 1)
+        return self.inner_model.apply_model(x, sigma, concat, self.tokens, self.model_patcher.patches)
+
+
 def install() -> None:
     """Put the stand-in where the nodes will import ComfyUI from."""
     io = SimpleNamespace(Schema=Schema, ComfyNode=ComfyNode, NodeOutput=NodeOutput, Custom=comfy_type)
-    for name in ("Image", "Mask", "Boolean", "Int", "Float", "String", "Combo", "Model", "Vae", "Conditioning"):
+    for name in ("Image", "Mask", "Boolean", "Int", "Float", "String", "Combo", "Model", "Vae", "Latent", "Conditioning"):
         setattr(io, name, comfy_type(name.upper()))
     io.ClipVision = comfy_type("CLIP_VISION")
     io.BoundingBox = comfy_type("BOUNDING_BOX")
@@ -152,8 +179,8 @@ def install() -> None:
         "comfy_api.v0_0_2": {"ComfyExtension": ComfyExtension, "io": io, "ui": SimpleNamespace(PreviewImage=PreviewImage, PreviewText=PreviewText)},
         "comfy": {},
         "comfy.utils": {"ProgressBar": ProgressBar},
+        "comfy.samplers": {"Sampler": Sampler, "CFGGuider": CFGGuider},
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
-        "comfy.samplers": {"Sampler": type("Sampler", (), {}), "CFGGuider": None},
         "comfy.model_management": {
             "InterruptProcessingException": InterruptProcessingException,
             "throw_exception_if_processing_interrupted": lambda: None,
@@ -165,7 +192,7 @@ def install() -> None:
             "get_free_memory": lambda device: 1 << 40,
             "unet_dtype": lambda device, parameters, supported_dtypes: torch.float32,
         },
-        "folder_paths": {"models_dir": "models", "folder_names_and_paths": {}},
+        "folder_paths": {"models_dir": "models", "folder_names_and_paths": {"checkpoints": (["models/checkpoints"], set())}},
     }
     for name, content in modules.items():
         module = ModuleType(name)

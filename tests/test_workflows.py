@@ -13,6 +13,7 @@ FILES = sorted((Path(__file__).parent.parent / "workflows").glob("*.json"))
 OTHERS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "node_infos").glob("*/*.json")}
 """Nodes of ComfyUI and of other packs, as their `/object_info` describes them; a folder a pack."""
 INFOS = OTHERS | {name: comfy_stand_in.object_info(node) for name, node in comfy_stand_in.node_classes().items()}
+INFOS["RBA_LoadReferenceEncoder"]["input"]["required"]["encoder_name"][1]["options"] = ["rba-sd15"]  # none comes with the pack
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

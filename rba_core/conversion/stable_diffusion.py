@@ -112,7 +112,7 @@ def import_sd15(checkpoint: str | Path, folder: str | Path, dinov2: str | Path, 
         vae = AutoencoderKL(**{key: value for key, value in parts["vae"].items() if key != "_class_name"})
     settings, scheduler, projector = ModelConfig(**parts["model"]), DDIMScheduler(**parts["scheduler"]), None
     if mlp is not None:
-        settings, scheduler, projector = _read_mlp(Path(mlp))
+        settings, scheduler, projector = read_mlp(Path(mlp))
 
     aside = _fill(checkpoint, unet, vae)
     with torch.random.fork_rng(devices=[]):
@@ -184,7 +184,8 @@ def _present(key: str) -> str:
     return ".".join([*front, FORMER_ATTENTION[last], end]) if "attentions" in key and last in FORMER_ATTENTION else key
 
 
-def _read_mlp(file: Path) -> tuple[ModelConfig, DDIMScheduler, dict[str, Tensor]]:
+def read_mlp(file: Path) -> tuple[ModelConfig, DDIMScheduler, dict[str, Tensor]]:
+    """Settings, noise schedule and the MLP's tensors, as `export_ldm` wrote them."""
     tensors = open_weights("mlp", file)
     try:
         with safe_open(file, "pt") as opened:

@@ -11,16 +11,20 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from test_comfyui_end_to_end import find_comfyui, find_python
+from test_comfyui_end_to_end import PACK, find_comfyui, find_python
 
+from rba_core.alignment import attend, cross_attentions
 from rba_core.conversion import export_ldm, import_anydoor, import_sd15
+from rba_core.geometry import Box
 from rba_core.model import RefineByAlign, read_config, read_part
+from rba_core.reference_encoding import EncodedReference
+from rba_core.zoom_crop import ZoomCrop
 
 START = """
 import json, sys
 import torch
 from safetensors.torch import load_file, save_file
-folder, sys.argv = sys.argv[1], ["main.py", "--cpu"]
+folder, pack, sys.argv = *sys.argv[1:], ["main.py", "--cpu"]
 import comfy.options
 comfy.options.enable_args_parsing()
 import comfy.model_detection, comfy.ops, comfy.sd, comfy.utils
@@ -35,7 +39,7 @@ def in_comfyui():
         pytest.skip("no ComfyUI here: set COMFYUI_PATH")
 
     def run(script: str, folder: Path) -> str:
-        done = subprocess.run([find_python(comfyui), "-c", START + script, str(folder)], cwd=comfyui, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([find_python(comfyui), "-c", START + script, str(folder), str(PACK)], cwd=comfyui, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout
 
@@ -154,3 +158,86 @@ for channels, shapes in json.load(open(f"{folder}/shapes.json")).items():
 """, tmp_path)  # fmt: skip
     lines = [line for line in told.splitlines() if line.startswith("told")]
     assert lines == ["told 4 SD15 False 8 768", "told 9 SD15 True 8 768", "told 14 SD15 True 8 768"]
+
+
+NATIVE = """
+import importlib, importlib.util
+import comfy.model_patcher, comfy.samplers, comfy.supported_models
+
+spec = importlib.util.spec_from_file_location("pack", f"{pack}/__init__.py")
+sys.modules["pack"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["pack"])
+nodes = importlib.import_module("pack.nodes.native")
+
+given, state = load_file(f"{folder}/looked.safetensors"), load_file(f"{folder}/out.safetensors")
+prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
+config = comfy.supported_models.SD15(comfy.model_detection.detect_unet_config(state, prefix))
+config.set_inference_dtype(torch.float32, None)
+base = config.get_model(state, prefix).load_model_weights(dict(state), prefix).eval()
+model = comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+sizes = dict(double_z=True, z_channels=4, resolution=64, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 2, 2, 2], num_res_blocks=2, attn_resolutions=[], dropout=0.0)
+weights = {key.removeprefix("first_stage_model."): value for key, value in state.items() if key.startswith("first_stage_model.")}
+vae = comfy.sd.VAE(sd=weights, config={"params": dict(ddconfig=sizes, embed_dim=4)})
+crop, mask = given["picture"].movedim(0, -1)[None], given["mask"][None]
+
+
+def reference(tokens):
+    return [{"embedding": tokens, "box": dict(x=0, y=0, width=64, height=64), "mask": torch.ones(64, 64)}]
+
+
+def align(patcher, layer=9, timestep=0, noise_level=-1.0):
+    return nodes.AlignNative.execute(patcher, vae, crop, mask, reference(given["tokens"]), layer, timestep, noise_level, 3)[1][0]
+
+
+class OneCall(comfy.samplers.Sampler):
+    def sample(self, guider, sigmas, extra_args, callback, noise, *_):
+        return guider(noise * (1 + sigmas[0] ** 2).sqrt(), sigmas[:1], **extra_args)
+
+
+with torch.inference_mode():
+    options, found = repr(model.model_options), {}
+    for name, settings in json.load(open(f"{folder}/settings.json")).items():
+        found[name] = align(model, **settings)
+    lora, key = model.clone(), "diffusion_model.output_blocks.5.1.transformer_blocks.0.attn2.to_k.weight"
+    lora.add_patches({key: ("diff", (given["lora"],))}, 1.0)
+    found["patched"], found["unpatched"] = align(lora), align(model)
+    assert repr(model.model_options) == options and not model.patches and base.current_patcher is None
+
+    positive, negative, latent = nodes.InpaintingCondition.execute(*nodes.ReferenceConditioning.execute(reference(given["tokens"] / 5)).args, vae, crop, mask).args
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(3.0)
+    sigma = base.model_sampling.sigmas[501]
+    denoised = guider.sample(given["z"], torch.zeros_like(given["z"]), OneCall(), torch.stack([sigma, torch.zeros(())]), disable_pbar=True, seed=0)
+    found["denoised"] = base.process_latent_in(denoised)
+save_file({key: value.clone().contiguous() for key, value in found.items()}, f"{folder}/seen.safetensors")
+"""
+
+
+@torch.no_grad()
+def test_a_native_model_sees_and_draws_what_ours_does(exported, in_comfyui):
+    model, folder = exported
+    generator = torch.Generator().manual_seed(7)
+    picture, mask, tokens = torch.rand(3, 64, 64, generator=generator), torch.zeros(64, 64), torch.randn(1, 256, 64, generator=generator) * 5
+    mask[18:37, 21:45] = 1
+    z = torch.randn(1, 4, 8, 8, generator=generator)
+    lora = torch.randn(cross_attentions(model.unet)[9].to_k.weight.shape, generator=generator) * 0.1
+    save_file({"picture": picture, "mask": mask, "tokens": tokens, "z": z, "lora": lora}, folder / "looked.safetensors")
+    settings = {"first": {"layer": 0}, "middle": {"layer": 6}, "usual": {}, "last": {"layer": 15}, "later": {"timestep": 30}, "cleaner": {"noise_level": 0.3}}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    in_comfyui(NATIVE, folder)
+    seen = load_file(folder / "seen.safetensors")
+
+    crop, reference = ZoomCrop(picture, mask, Box(0, 0, 64, 64)), EncodedReference(tokens, Box(0, 0, 64, 64), torch.ones(64, 64))
+    for name, changes in settings.items():
+        expected = attend(model, crop, reference, seed=3, **changes)
+        assert expected.max() > 20 / 256  # not flat, or all would agree
+        assert (seen[name] - expected).abs().max() < 1e-5, name
+    assert torch.equal(seen["unpatched"], seen["usual"]) and (seen["patched"] - seen["usual"]).abs().max() > 1e-3
+
+    condition = model.inpainting_condition(picture[None], mask[None, None])
+    context = torch.cat([torch.zeros_like(tokens), tokens / 5])  # as `refine` guides
+    dropped, guided = model.unet(model.unet_input(z, condition).expand(2, -1, -1, -1), torch.tensor(501), context).sample.chunk(2)
+    kept = model.scheduler.alphas_cumprod[501]
+    expected = (z - (1 - kept).sqrt() * (dropped + 3 * (guided - dropped))) / kept.sqrt()
+    assert (seen["denoised"] - expected).abs().max() < 1e-4 * expected.abs().max()
