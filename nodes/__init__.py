@@ -2,6 +2,7 @@
 
 from .alignment import Align, EncodeReference, PostProcess, Register
 from .api import ComfyExtension, io
+from .editors import EditorCrop, FindRegion, ReferenceCrop
 from .loading import LoadModel, Sample
 from .preview import CorrespondencePreview
 from .refinement import Refine, RefineByAlign, Stitch, ZoomCrop
@@ -9,4 +10,7 @@ from .refinement import Refine, RefineByAlign, Stitch, ZoomCrop
 
 class RefineByAlignExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadModel, RefineByAlign, EncodeReference, ZoomCrop, Align, PostProcess, Register, Refine, Stitch, CorrespondencePreview, Sample]
+        return [
+            LoadModel, RefineByAlign, EncodeReference, ZoomCrop, Align, PostProcess, Register, Refine, Stitch, CorrespondencePreview, Sample,
+            FindRegion, EditorCrop, ReferenceCrop,
+        ]
