@@ -67,8 +67,8 @@ def opened(workflow: dict) -> dict:
             continue
         inside = copy.deepcopy(definitions[node["type"]])
         within = {part["id"]: part for part in inside["nodes"]}
-        given = dict(zip((i["name"] for i in node["inputs"] if "widget" in i), node.get("widgets_values") or []))
-        arriving = {slot: links[entry["link"]] for slot, port in enumerate(inside["inputs"]) for entry in node["inputs"] if entry["name"] == port["name"] and entry["link"] is not None}
+        numbers = {entry["name"]: entry["link"] for entry in node["inputs"] if entry["link"] is not None}
+        arriving = {slot: links[numbers[port["name"]]] for slot, port in enumerate(inside["inputs"]) if port["name"] in numbers}
         for part in inside["nodes"]:
             part["id"] = f"{node['id']}:{part['id']}"
             for entry in part.get("inputs", []):
@@ -85,9 +85,6 @@ def opened(workflow: dict) -> dict:
                 continue
             entry = within[target]["inputs"][link["target_slot"]]
             if source == FROM_OUTSIDE and link["origin_slot"] not in arriving:
-                name = inside["inputs"][link["origin_slot"]]["name"]
-                if name in given:
-                    within[target].setdefault("set", {})[entry["name"]] = given[name]
                 continue
             number = f"{node['id']}:{link['id']}"
             start = arriving[link["origin_slot"]][1:3] if source == FROM_OUTSIDE else [within[source]["id"], link["origin_slot"]]
@@ -118,7 +115,7 @@ def to_prompt(workflow: dict, infos: dict[str, dict]) -> dict[str, dict]:
         if node["type"] in NOTES or node.get("mode") in (NEVER, BYPASS):
             continue
         linked = {entry["name"]: source(entry["link"]) for entry in node["inputs"] if entry["link"] is not None}
-        inputs = widget_values(node, infos[node["type"]]) | node.get("set", {}) | {name: start for name, start in linked.items() if start}
+        inputs = widget_values(node, infos[node["type"]]) | {name: start for name, start in linked.items() if start}
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
 

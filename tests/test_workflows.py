@@ -7,39 +7,108 @@ from pathlib import Path
 import comfy_stand_in
 import comfy_workflows
 import pytest
+from PIL import Image
 
-FILES = sorted((Path(__file__).parent.parent / "workflows").glob("*.json"))
-
-OTHERS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "node_infos").glob("*/*.json")}
-"""Nodes of ComfyUI and of other packs, as their `/object_info` describes them; a folder a pack."""
-INFOS = OTHERS | {name: comfy_stand_in.object_info(node) for name, node in comfy_stand_in.node_classes().items()}
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_file_fits_the_nodes(path):
-    workflow = json.loads(path.read_text())
-    assert comfy_workflows.problems(workflow, INFOS) == []
-    assert any(node["type"] in comfy_workflows.NOTES for node in workflow["nodes"]), "says nothing of what it is for"
+FILES = sorted(comfy_workflows.WORKFLOWS.glob("*.json"))
+BLUEPRINTS = sorted(comfy_workflows.SUBGRAPHS.glob("*.json"))
+PACKS = {
+    "3d_pack": "ComfyUI-3D-Pack", "anydoor": "ComfyUI_AnyDoor", "idm_vton": "ComfyUI-IDM-VTON", "ipadapter_plus": "ComfyUI_IPAdapter_plus",
+}  # fmt: skip
+"""Folder of `node_infos` -> what the pack is called."""
+INFOS = comfy_workflows.known_infos()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+
+@pytest.mark.parametrize("path", [*FILES, *BLUEPRINTS], ids=lambda path: path.stem)
 def test_file_names_nothing_of_the_machine_it_was_made_on(path):
     text = path.read_text()
     assert not any(trace in text for trace in ("/root", "/home", "/Users", "/work", ":\\\\"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_file_leaves_the_settings_at_their_defaults(path):
+@each_file
+def test_file_fits_the_nodes(path):
+    assert comfy_workflows.problems(json.loads(path.read_text()), INFOS) == []
+
+
+@each_file
+def test_note_says_what_it_needs(path):
+    workflow = json.loads(path.read_text())
+    notes = "\n".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in comfy_workflows.NOTES)
+    assert notes, "says nothing of what it is for"
+    used = {node["type"] for node in workflow["nodes"]}
+    for info in Path(__file__).parent.glob("node_infos/*/*.json"):
+        if info.stem in used and info.parent.name in PACKS:
+            assert PACKS[info.parent.name] in notes
+    models = {value for node in workflow["nodes"] for value in node.get("widgets_values") or [] if isinstance(value, str) and value.endswith(".safetensors")}
+    assert not [model for model in models if model not in notes]
+
+
+@each_file
+def test_changed_settings_are_named_in_the_title(path):
     for node in json.loads(path.read_text())["nodes"]:
         if node["type"].startswith("RBA_"):
             options = {name: entry[1] for name, entry in comfy_workflows.schema_inputs(INFOS[node["type"]]).items()}
             changed = {name: value for name, value in comfy_workflows.widget_values(node, INFOS[node["type"]]).items() if value != options[name].get("default", value)}
-            assert changed == {}, node["type"]
+            assert [name for name in changed if name not in node.get("title", "")] == [], f"{node['type']}: {changed}"
+
+
+@each_file
+def test_thumbnail_is_there(path):
+    with Image.open(path.with_suffix(".jpg")) as thumbnail:
+        assert min(thumbnail.size) >= 256 and path.with_suffix(".jpg").stat().st_size < 100_000
+
+
+def test_api_twins_are_current():
+    """Else: python tests/comfy_workflows.py"""
+    twins = comfy_workflows.twins()
+    assert {file: file.read_text() for file in comfy_workflows.API.glob("*.json")} == twins
+
+
+def blueprint_in_use(path: Path) -> dict:
+    """The blueprint as it drops into a graph: the sample before it, SaveImage behind it."""
+    workflow = json.loads(path.read_text())
+    (host,) = workflow["nodes"]
+    sample, saver = ({"id": number, "type": name, "pos": [x, 0], "size": [300, 200], "inputs": [], "outputs": []} for number, name, x in ((101, "RBA_Sample", -400), (102, "SaveImage", 500)))
+    for slot, (io_type, name) in enumerate(zip(INFOS["RBA_Sample"]["output"], INFOS["RBA_Sample"]["output_name"])):
+        entry = next(index for index, entry in enumerate(host["inputs"]) if entry["name"] == name)
+        sample["outputs"].append({"name": name, "type": io_type, "links": [slot + 1]})
+        host["inputs"][entry]["link"] = slot + 1
+        workflow["links"].append([slot + 1, 101, slot, host["id"], entry, io_type])
+    saver |= {"inputs": [{"name": "images", "type": "IMAGE", "link": 9}], "outputs": [{"name": "images", "type": "IMAGE", "links": None}], "widgets_values": ["blueprint"]}
+    host["outputs"][0]["links"] = [9]
+    workflow["links"].append([9, host["id"], 0, 102, 0, "IMAGE"])
+    workflow["nodes"] += [sample, saver]
+    return workflow
+
+
+@pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
+def test_blueprint_fits_the_nodes(path):
+    workflow = blueprint_in_use(path)
+    assert comfy_workflows.problems(workflow, INFOS) == []
+    prompt = comfy_workflows.to_prompt(workflow, INFOS)
+    assert all(isinstance(value, list) and value[0] in prompt for node in prompt.values() for name, value in node["inputs"].items() if name in ("image", "mask", "model", "images"))
+
+
+def test_bypass_and_mute():
+    """A bypassed node hands its input of the same type on, or nothing; a muted one nothing."""
+    workflow = json.loads((comfy_workflows.WORKFLOWS / "qwen_image_edit.json").read_text())
+    prompt = comfy_workflows.to_prompt(workflow, INFOS)
+    kinds = [node["class_type"] for node in prompt.values()]
+    assert "LoraLoaderModelOnly" not in kinds and "MaskToImage" not in kinds
+    inputs = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    assert prompt[inputs["ModelSamplingAuraFlow"]["model"][0]]["class_type"] == "UNETLoader"
+    assert "image3" not in inputs["TextEncodeQwenImageEditPlus"] and "image2" in inputs["TextEncodeQwenImageEditPlus"]
+    for node in workflow["nodes"]:
+        node["mode"] = 0 if node["type"] != "VAEEncode" else comfy_workflows.NEVER
+    inputs = {node["class_type"]: node["inputs"] for node in comfy_workflows.to_prompt(workflow, INFOS).values()}
+    assert "image3" in inputs["TextEncodeQwenImageEditPlus"] and "latent_image" not in inputs["KSampler"]
 
 
 def test_every_node_is_in_a_file():
     used = {node["type"] for path in FILES for node in json.loads(path.read_text())["nodes"]}
-    assert {name for name in INFOS if name not in OTHERS} <= used
+    assert set(comfy_stand_in.node_classes()) <= used
 
 
 @pytest.fixture
@@ -71,7 +140,12 @@ def damage_place(workflow):
     workflow["nodes"][1]["pos"] = workflow["nodes"][0]["pos"]
 
 
-@pytest.mark.parametrize("damage", [damage_type, damage_value, damage_count, damage_link, damage_input, damage_place])
+def damage_group(workflow):
+    x, y = workflow["nodes"][1]["pos"]
+    workflow["groups"] = [{"title": "Cut", "bounding": [x + 10, y, 1000, 500]}]
+
+
+@pytest.mark.parametrize("damage", [damage_type, damage_value, damage_count, damage_link, damage_input, damage_place, damage_group])
 def test_damage_is_seen(quickstart, damage):
     damaged = copy.deepcopy(quickstart)
     damage(damaged)
