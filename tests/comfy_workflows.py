@@ -44,6 +44,9 @@ def schema_inputs(info: dict, entries: list[dict] = ()) -> dict[str, tuple[str, 
 def widget_values(node: dict, info: dict) -> dict[str, object]:
     """Input id -> value. The file holds a bare list, in which what follows a seed says how it changes."""
     left, values = list(node.get("widgets_values") or []), {}
+    if left[-1:] == [None]:
+        # as long as there are widgets and forced inputs, the list is taken for an old version's, and the forced inputs' are dropped
+        left.pop()
     for name, (io_type, options) in schema_inputs(info).items():
         if io_type in WIDGET_TYPES and not options.get("forceInput"):
             values[name] = left.pop(0)
@@ -213,6 +216,26 @@ def _groups(workflow: dict) -> list[str]:
             if x < x0 + w and x0 < x + width and y < y0 + h and y0 < y + height:
                 found.append(f"groups {group['title']!r} and {other['title']!r} overlap")
     return found
+
+
+def blueprint_in_use(path: Path, infos: dict[str, dict]) -> dict:
+    """The blueprint as it drops into a graph: the sample before it, SaveImage behind it."""
+    workflow = json.loads(path.read_text())
+    (host,) = workflow["nodes"]
+    sample = {"id": 101, "type": "RBA_Sample", "pos": [-400, 0], "size": [300, 200], "inputs": [], "outputs": []}
+    for slot, (io_type, name) in enumerate(zip(infos["RBA_Sample"]["output"], infos["RBA_Sample"]["output_name"])):
+        entry = next(index for index, entry in enumerate(host["inputs"]) if entry["name"] == name)
+        sample["outputs"].append({"name": name, "type": io_type, "links": [slot + 1]})
+        host["inputs"][entry]["link"] = slot + 1
+        workflow["links"].append([slot + 1, 101, slot, host["id"], entry, io_type])
+    saver = {
+        "id": 102, "type": "SaveImage", "pos": [500, 0], "size": [300, 200], "inputs": [{"name": "images", "type": "IMAGE", "link": 9}],
+        "outputs": [{"name": "images", "type": "IMAGE", "links": None}], "widgets_values": ["blueprint"],
+    }  # fmt: skip
+    host["outputs"][0]["links"] = [9]
+    workflow["links"].append([9, host["id"], 0, 102, 0, "IMAGE"])
+    workflow["nodes"] += [sample, saver]
+    return workflow
 
 
 def known_infos() -> dict[str, dict]:

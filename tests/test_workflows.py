@@ -66,26 +66,9 @@ def test_api_twins_are_current():
     assert {file: file.read_text() for file in comfy_workflows.API.glob("*.json")} == twins
 
 
-def blueprint_in_use(path: Path) -> dict:
-    """The blueprint as it drops into a graph: the sample before it, SaveImage behind it."""
-    workflow = json.loads(path.read_text())
-    (host,) = workflow["nodes"]
-    sample, saver = ({"id": number, "type": name, "pos": [x, 0], "size": [300, 200], "inputs": [], "outputs": []} for number, name, x in ((101, "RBA_Sample", -400), (102, "SaveImage", 500)))
-    for slot, (io_type, name) in enumerate(zip(INFOS["RBA_Sample"]["output"], INFOS["RBA_Sample"]["output_name"])):
-        entry = next(index for index, entry in enumerate(host["inputs"]) if entry["name"] == name)
-        sample["outputs"].append({"name": name, "type": io_type, "links": [slot + 1]})
-        host["inputs"][entry]["link"] = slot + 1
-        workflow["links"].append([slot + 1, 101, slot, host["id"], entry, io_type])
-    saver |= {"inputs": [{"name": "images", "type": "IMAGE", "link": 9}], "outputs": [{"name": "images", "type": "IMAGE", "links": None}], "widgets_values": ["blueprint"]}
-    host["outputs"][0]["links"] = [9]
-    workflow["links"].append([9, host["id"], 0, 102, 0, "IMAGE"])
-    workflow["nodes"] += [sample, saver]
-    return workflow
-
-
 @pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
 def test_blueprint_fits_the_nodes(path):
-    workflow = blueprint_in_use(path)
+    workflow = comfy_workflows.blueprint_in_use(path, INFOS)
     assert comfy_workflows.problems(workflow, INFOS) == []
     prompt = comfy_workflows.to_prompt(workflow, INFOS)
     assert all(isinstance(value, list) and value[0] in prompt for node in prompt.values() for name, value in node["inputs"].items() if name in ("image", "mask", "model", "images"))
