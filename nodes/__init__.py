@@ -3,6 +3,7 @@
 from .alignment import Align, EncodeReference, PostProcess, Register
 from .api import ComfyExtension, io
 from .downloads import DownloadModel
+from .editors import EditorCrop, FindRegion, ReferenceCrop
 from .feature_alignment import AlignDIFT, AlignDINOv2
 from .loading import LoadModel, Sample
 from .native import AlignNative, InpaintingCondition, LoadReferenceEncoder, ReferenceConditioning
@@ -14,5 +15,6 @@ class RefineByAlignExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             LoadModel, RefineByAlign, EncodeReference, ZoomCrop, Align, PostProcess, Register, Refine, Stitch, CorrespondencePreview, Sample,
-            AlignDINOv2, AlignDIFT, DownloadModel, LoadReferenceEncoder, ReferenceConditioning, InpaintingCondition, AlignNative,
+            FindRegion, EditorCrop, ReferenceCrop, AlignDINOv2, AlignDIFT, LoadReferenceEncoder, ReferenceConditioning, InpaintingCondition, AlignNative,
+            DownloadModel,
         ]  # fmt: skip

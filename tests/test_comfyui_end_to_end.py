@@ -21,10 +21,16 @@ import comfy_stand_in
 import comfy_workflows
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from rba_core import RefineByAlign, refine_by_align
+from rba_core.alignment import align
 from rba_core.imageio import read_image, read_mask, to_bytes
+from rba_core.overlay import overlay
+from rba_core.pipeline import Settings
+from rba_core.reference_encoding import encode_reference
+from rba_core.zoom_crop import crop_for, zoom_crop
 
 PACK = Path(__file__).parent.parent
 SAMPLE = PACK / "rba_core" / "sample"
@@ -101,11 +107,14 @@ class Server:
 
     def run(self, prompt: dict) -> np.ndarray:
         """Queue a prompt with one SaveImage and give what it saved, `[H, W, 3]` uint8."""
+        (saved,) = self.run_batch(prompt)
+        return saved
+
+    def run_batch(self, prompt: dict) -> list[np.ndarray]:
         entry = self.finished(self.queue(prompt))
         assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
         (saver,) = (number for number, node in prompt.items() if node["class_type"] == "SaveImage")
-        (saved,) = entry["outputs"][saver]["images"]
-        return np.asarray(Image.open(self.base / "output" / saved["subfolder"] / saved["filename"]))
+        return [np.asarray(Image.open(self.base / "output" / saved["subfolder"] / saved["filename"])) for saved in entry["outputs"][saver]["images"]]
 
     def close(self) -> None:
         self.process.terminate()
@@ -126,11 +135,15 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected():
+def sample():
+    return read_image(SAMPLE / "image.png").rgb, read_mask(SAMPLE / "mask.png"), read_image(SAMPLE / "reference.png").rgb, read_mask(SAMPLE / "reference_mask.png")
+
+
+@pytest.fixture(scope="module")
+def expected(sample):
     """`expected(seed)`: the library's own result on the sample, as the command line writes it."""
     model = RefineByAlign.load()
-    inputs = read_image(SAMPLE / "image.png").rgb, read_mask(SAMPLE / "mask.png"), read_image(SAMPLE / "reference.png").rgb, read_mask(SAMPLE / "reference_mask.png")
-    return cache(lambda seed: to_bytes(refine_by_align(model, *inputs, seed=seed).image))
+    return cache(lambda seed: to_bytes(refine_by_align(model, *sample, seed=seed).image))
 
 
 @pytest.fixture
@@ -165,9 +178,64 @@ def test_every_node_is_described_as_the_stand_in_describes_it(server):
 
 @pytest.mark.parametrize("name", ["quickstart", "step_by_step"])
 def test_workflow_gives_the_library_s_result(server, prompt, expected, name):
-    workflow = json.loads((PACK / "workflows" / f"{name}.json").read_text())
-    assert comfy_workflows.problems(workflow, server.infos) == []
     assert_same(server.run(prompt(name)), expected(0))
+
+
+@pytest.mark.parametrize("path", sorted(comfy_workflows.WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
+def test_workflow_fits_the_real_nodes(server, path):
+    """But for those of packs that are not here, as they are written down."""
+    assert comfy_workflows.problems(json.loads(path.read_text()), comfy_workflows.known_infos() | server.infos) == []
+
+
+def cell(grid: np.ndarray, row: int, column: int, side: int = 384, padding: int = 4) -> np.ndarray:
+    y, x = row * (side + padding), column * (side + padding)
+    return grid[y : y + side, x : x + side].astype(int)
+
+
+def in_a_cell(picture, side: int = 384) -> np.ndarray:
+    """`[3, H, W]` as *Make Image Grid* draws it."""
+    return np.asarray(Image.fromarray((picture.movedim(0, -1).numpy() * 255).astype(np.uint8)).resize((side, side), Image.Resampling.LANCZOS)).astype(int)
+
+
+def test_batch(server, prompt, sample):
+    image, mask, *guide = sample
+    saved = server.run_batch(prompt("batch"))
+    assert len(saved) == 3
+    crop = zoom_crop(image, mask, 1024, context=4)
+    expected = to_bytes(refine_by_align(RefineByAlign.load(), crop.image, crop.mask, *guide).image)
+    assert np.abs(saved[1].astype(int) - expected).max() <= 1
+
+
+def test_compare(server, prompt, sample, expected):
+    image, mask, *guide = sample
+    grid = server.run(prompt("compare"))
+    published = refine_by_align(RefineByAlign.load(), *sample, settings=Settings(dense=False, levels=1, register=False, detail_transfer=0)).image
+    ours = torch.from_numpy(expected(0)).movedim(-1, 0) / 255
+    for place, picture in (((0, 0), image), ((0, 2), ours), ((1, 0), published)):
+        assert np.abs(cell(grid, *place) - in_a_cell(zoom_crop(picture, mask, 1024, context=2).image)).max() <= 4, place
+    results = [cell(grid, *place) for place in ((0, 2), (1, 0), (1, 1), (1, 2))]
+    assert all(np.abs(one - other).max() > 8 for index, one in enumerate(results) for other in results[:index])
+
+
+def test_grid_search(server, prompt, sample):
+    image, mask, reference, reference_mask = sample
+    grid = server.run(prompt("grid_search"))
+    model = RefineByAlign.load()
+    whole, crop = encode_reference(model, reference, reference_mask), crop_for(model, image, mask, model.config.alignment_context)
+    for row, column, layer, timestep in ((0, 0, 9, 10), (2, 1, 14, 30)):
+        seen = whole.to_reference(align(model, crop, whole, layer=layer, timestep=timestep))
+        drawn = zoom_crop(overlay(reference, seen / seen.max()), reference_mask, 1024, context=1).image
+        assert np.abs(cell(grid, row, column) - in_a_cell(drawn)).max() <= 4, (layer, timestep)
+    assert np.abs(cell(grid, 0, 0) - cell(grid, 2, 2)).max() > 20
+
+
+def test_blueprint_is_listed_and_gives_the_library_s_result(server, expected):
+    (path,) = comfy_workflows.SUBGRAPHS.glob("*.json")
+    (number,) = (number for number, entry in server.get("/global_subgraphs").items() if entry["name"] == path.stem and entry["source"] == "custom_node")
+    assert server.get(f"/global_subgraphs/{number}")["data"] == path.read_text()
+    workflow = comfy_workflows.blueprint_in_use(path, server.infos)
+    assert comfy_workflows.problems(workflow, server.infos) == []
+    assert_same(server.run(comfy_workflows.to_prompt(workflow, server.infos)), expected(0))
 
 
 def test_error_is_the_library_s_one_line(server, prompt):

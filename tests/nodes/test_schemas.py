@@ -13,7 +13,8 @@ every_node = pytest.mark.parametrize("node", NODES.values(), ids=NODES)
 def test_ids_are_those_that_saved_workflows_hold():
     assert set(NODES) == {
         "RBA_LoadModel", "RBA_EncodeReference", "RBA_Align", "RBA_PostProcess", "RBA_Register", "RBA_ZoomCrop", "RBA_Refine", "RBA_Stitch",
-        "RBA_RefineByAlign", "RBA_CorrespondencePreview", "RBA_Sample", "RBA_AlignDINOv2", "RBA_AlignDIFT", "RBA_DownloadModel",
+        "RBA_RefineByAlign", "RBA_CorrespondencePreview", "RBA_Sample", "RBA_FindRegion", "RBA_EditorCrop", "RBA_ReferenceCrop",
+        "RBA_AlignDINOv2", "RBA_AlignDIFT", "RBA_DownloadModel",
         "RBA_LoadReferenceEncoder", "RBA_ReferenceConditioning", "RBA_InpaintingCondition", "RBA_AlignNative",
     }
 
