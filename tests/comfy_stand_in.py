@@ -78,8 +78,17 @@ class NodeOutput:
 
 
 class PreviewImage:
+    """Keeps its batch `[B, H, W, C]`; `files` has every picture given away by name."""
+
+    files: dict[str, torch.Tensor] = {}
+
     def __init__(self, image, cls=None):
         self.image = image
+
+    def as_dict(self):
+        names = [f"{len(self.files) + index}.png" for index in range(len(self.image))]
+        self.files.update(zip(names, self.image))
+        return {"images": [{"filename": name, "subfolder": "", "type": "temp"} for name in names], "animated": (False,)}
 
 
 def object_info(node: type[ComfyNode]) -> dict:

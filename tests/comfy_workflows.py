@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+VIEWS = {"IMAGECOMPARE"}
+"""Of inputs that the frontend shows a result in: nothing is saved of them, and nothing that matters is queued."""
 NOTES = {"MarkdownNote", "Note"}
 TITLE_HEIGHT = 30
 
@@ -37,7 +39,9 @@ def to_prompt(workflow: dict, infos: dict[str, dict]) -> dict[str, dict]:
     return {
         str(node["id"]): {
             "class_type": node["type"],
-            "inputs": widget_values(node, infos[node["type"]]) | {entry["name"]: sources[entry["link"]] for entry in node["inputs"] if entry["link"] is not None},
+            "inputs": widget_values(node, infos[node["type"]])
+            | {name: "" for name, (io_type, _) in schema_inputs(infos[node["type"]]).items() if io_type in VIEWS}
+            | {entry["name"]: sources[entry["link"]] for entry in node["inputs"] if entry["link"] is not None},
         }
         for node in workflow["nodes"]
         if node["type"] not in NOTES
@@ -60,7 +64,7 @@ def problems(workflow: dict, infos: dict[str, dict]) -> list[str]:
             found.append(f"link {number} has a loose end")
             continue
         output, entry = nodes[source]["outputs"][source_slot], nodes[target]["inputs"][target_slot]
-        if not output["type"] == entry["type"] == io_type:
+        if output["type"] != io_type or entry["type"] not in (io_type, "*"):
             found.append(f"link {number} of type {io_type} joins {output['type']} to {entry['type']}")
         if entry["link"] != number or number not in output["links"]:
             found.append(f"link {number} is not what its ends hold")
@@ -74,7 +78,7 @@ def _node_problems(node: dict, info: dict) -> list[str]:
         if name not in inputs or inputs[name][0] != entry["type"]:
             found.append(f"has an input {name} of type {entry['type']}, the node has not")
     for name in info["input"]["required"]:
-        if inputs[name][0] not in WIDGET_TYPES and (name not in entries or entries[name]["link"] is None):
+        if inputs[name][0] not in WIDGET_TYPES | VIEWS and (name not in entries or entries[name]["link"] is None):
             found.append(f"{name} is not connected")
     outputs = [(output["name"], output["type"]) for output in node["outputs"]]
     if outputs != list(zip(info["output_name"], info["output"], strict=True)):

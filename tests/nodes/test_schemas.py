@@ -13,7 +13,7 @@ every_node = pytest.mark.parametrize("node", NODES.values(), ids=NODES)
 def test_ids_are_those_that_saved_workflows_hold():
     assert set(NODES) == {
         "RBA_LoadModel", "RBA_EncodeReference", "RBA_Align", "RBA_PostProcess", "RBA_Register", "RBA_ZoomCrop", "RBA_Refine", "RBA_Stitch",
-        "RBA_RefineByAlign", "RBA_CorrespondencePreview", "RBA_Sample",
+        "RBA_RefineByAlign", "RBA_CorrespondencePreview", "RBA_CorrespondenceViewer", "RBA_Score", "RBA_Sample",
     }
 
 
