@@ -15,7 +15,7 @@ from ..rba_core.postprocessing import CleaningSettings, MatchedRegion
 from ..rba_core.reference_encoding import encode_reference
 from ..rba_core.zoom_crop import ZoomCrop
 from .api import io
-from .types import CATEGORY, Attention, Model, Placement, Reference, boxes_in, boxes_out, delivered, encoded, image_of, masks, model_crop, on_device, pictures, plain, together
+from .types import CATEGORY, Attention, BatchProgress, Model, Placement, Reference, boxes_in, boxes_out, delivered, encoded, image_of, masks, model_crop, on_device, pictures, plain, together
 
 SEED_MAX = 0xFFFFFFFFFFFFFFFF
 MATCHES = 384
@@ -144,7 +144,7 @@ class Align(io.ComfyNode):
         batch = together(crop=pictures(crop), crop_mask=masks(crop_mask, crop, "crop mask", "crop"), encoded_reference=encoded_reference)
         network = on_device(model)
         maps, attentions = [], []
-        for picture, mask, reference in batch:
+        for picture, mask, reference in BatchProgress(len(batch)).over(batch):
             cut = model_crop(picture, mask, network)
             attention = attend(
                 network, cut, encoded(reference, network),
@@ -268,7 +268,7 @@ class Register(io.ComfyNode):
         )
         settings = Settings(min_confidence=min_confidence, dense=placement is not None)
         laid, shown, regions, guides, confidences, drawn = [], [], [], [], [], []
-        for cut, hole, box, whole, photo, thing, found, start in batch:
+        for cut, hole, box, whole, photo, thing, found, start in BatchProgress(len(batch)).over(batch):
             thing, found, collage = (thing > 0.5).float(), (found > 0.5).float(), None
             region, crop = MatchedRegion(found, Box.around(found), found, start), ZoomCrop(cut, (hole > 0.5).float(), box)
             if start is not None or not torch.equal(found, thing):  # all of it, and no placement: alignment found nothing

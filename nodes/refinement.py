@@ -140,6 +140,7 @@ class Refine(io.ComfyNode):
             refine(
                 network, model_crop(picture, mask, network), encoded(reference, network), collage=laid, strength=strength, steps=steps or None, guidance=guidance or None,
                 scheduler=None if scheduler == "default" else scheduler, seed=seed, progress=progress.of(index),
+                preview=progress.preview(),
             )
             for index, (picture, mask, reference, laid) in enumerate(batch)
         ]
@@ -270,7 +271,7 @@ class RefineByAlign(io.ComfyNode):
         refined, matched, confidences = [], [], []
         for index, (whole, part, guide, object_mask) in enumerate(batch):
             result = refine_by_align(
-                network, pictures(whole[None])[0], part, [guide, *more], [object_mask, *more_masks], settings=settings, seed=seed, progress=progress.of(index)
+                network, pictures(whole[None])[0], part, [guide, *more], [object_mask, *more_masks], settings=settings, seed=seed, progress=progress.of(index), preview=progress.preview()
             )
             refined.append(put_back(result.image, part, whole))
             found = [object_mask if match.region is None else match.region.mask for match in result.matches if match.reference == 0]

@@ -14,6 +14,7 @@ from .collage import Collage, lay_over, transfer_detail
 from .dense_correspondence import Placement, place
 from .errors import InputError
 from .geometry import Box
+from .latent_preview import Preview
 from .model import RefineByAlign
 from .postprocessing import CleaningSettings, MatchedRegion, clean
 from .reference_encoding import EncodedReference, encode_reference
@@ -118,6 +119,7 @@ def refine_by_align(
     settings: Settings = Settings(),
     seed: int = 0,
     progress: Progress | None = None,
+    preview: Preview | None = None,
 ) -> Refined:
     """Redraw what `mask` covers in `image` from the corresponding part of `reference`.
 
@@ -142,7 +144,7 @@ def refine_by_align(
         if match.region is not None:
             guide = encode_reference(model, references[match.reference], grow(match.region, settings.region_margin) * guide.mask)
         told = progress and (lambda done, total, index=index: progress(index * total + done, len(artifacts) * total))
-        result = redraw(model, result, artifact, crop, guide, collage, settings, seed, told)
+        result = redraw(model, result, artifact, crop, guide, collage, settings, seed, told, preview)
         matches.append(match)
     return Refined(result, matches)
 
@@ -259,7 +261,7 @@ def believed(collage: Collage | None, settings: Settings) -> Collage | None:
 
 def redraw(
     model: RefineByAlign, image: Tensor, mask: Tensor, crop: ZoomCrop, guide: EncodedReference, collage: Collage | None, settings: Settings, seed: int,
-    progress: Progress | None = None,
+    progress: Progress | None = None, preview: Preview | None = None,
 ) -> Tensor:
     """The image `[3, H, W]` with one artifact redrawn in its crop, guided by a region's tokens, and put back."""
     strength = settings.strength
@@ -267,7 +269,7 @@ def redraw(
         strength = default_strength(model, collage.confidence) if collage else 1.0
     redrawn = refine(
         model, crop, guide, collage=collage, strength=strength, steps=settings.steps, guidance=settings.guidance, scheduler=settings.scheduler, seed=seed,
-        progress=progress,
+        progress=progress, preview=preview,
     )  # fmt: skip
     if collage is not None:
         redrawn = transfer_detail(redrawn, collage, crop.mask, settings.detail_transfer)

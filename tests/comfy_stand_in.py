@@ -128,8 +128,11 @@ class ProgressBar:
         self.updates = []
         ProgressBar.made.append(self)
 
-    def update_absolute(self, value, total=None):
+        self.previews = []
+
+    def update_absolute(self, value, total=None, preview=None):
         self.updates.append((value, total))
+        self.previews.append(preview)
 
 
 class ModelPatcher:
@@ -155,6 +158,7 @@ def install() -> None:
         "comfy_api.v0_0_2": {"ComfyExtension": ComfyExtension, "io": io, "ui": SimpleNamespace(PreviewImage=PreviewImage)},
         "comfy": {},
         "comfy.utils": {"ProgressBar": ProgressBar},
+        "comfy.cli_args": {"args": SimpleNamespace(preview_method="none", preview_size=512), "LatentPreviewMethod": SimpleNamespace(NoPreviews="none", Auto="auto")},
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
         "comfy.model_management": {
             "InterruptProcessingException": InterruptProcessingException,

@@ -84,3 +84,16 @@ def test_progress_runs_over_the_batch(nodes):
         for done in (1, 2, 3):
             progress.of(index)(done, 3)
     assert comfy_stand_in.ProgressBar.made[-1].updates == [(1, 6), (2, 6), (3, 6), (4, 6), (5, 6), (6, 6)]
+
+
+def test_batch_that_is_not_sampled_shows_progress_and_can_be_cancelled(nodes, monkeypatch):
+    progress = nodes.types.BatchProgress(3)
+    assert list(progress.over(["a", "b", "c"])) == ["a", "b", "c"]
+    assert [done for done, _ in comfy_stand_in.ProgressBar.made[-1].updates] == [1, 2, 3]
+
+    def interrupted():
+        raise comfy_stand_in.InterruptProcessingException
+
+    monkeypatch.setattr(nodes.types.model_management, "throw_exception_if_processing_interrupted", interrupted)
+    with pytest.raises(comfy_stand_in.InterruptProcessingException):
+        next(progress.over(["a"]))
