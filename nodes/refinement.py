@@ -274,8 +274,9 @@ class RefineByAlign(io.ComfyNode):
         refined, matched, confidences = [], [], []
         for index, (whole, part, guide, object_mask) in enumerate(batch):
             result = refine_by_align(
-                network, pictures(whole[None])[0], part, [guide, *more], [object_mask, *more_masks], settings=settings, seed=seed, progress=progress.of(index), preview=progress.preview()
-            )
+                network, pictures(whole[None])[0], part, [guide, *more], [object_mask, *more_masks], settings=settings, seed=seed,
+                progress=progress.of(index), preview=progress.preview(),
+            )  # fmt: skip
             refined.append(put_back(result.image, part, whole))
             found = [object_mask if match.region is None else match.region.mask for match in result.matches if match.reference == 0]
             matched.append(torch.stack([torch.zeros_like(object_mask), *found]).amax(0))
