@@ -9,6 +9,8 @@ from .loading import LoadModel, Sample
 from .native import AlignNative, InpaintingCondition, LoadReferenceEncoder, ReferenceConditioning
 from .preview import CorrespondencePreview
 from .refinement import Refine, RefineByAlign, Stitch, ZoomCrop
+from .score import Score
+from .viewer import CorrespondenceViewer
 
 
 class RefineByAlignExtension(ComfyExtension):
@@ -16,5 +18,5 @@ class RefineByAlignExtension(ComfyExtension):
         return [
             LoadModel, RefineByAlign, EncodeReference, ZoomCrop, Align, PostProcess, Register, Refine, Stitch, CorrespondencePreview, Sample,
             FindRegion, EditorCrop, ReferenceCrop, AlignDINOv2, AlignDIFT, LoadReferenceEncoder, ReferenceConditioning, InpaintingCondition, AlignNative,
-            DownloadModel,
+            DownloadModel, CorrespondenceViewer, Score,
         ]  # fmt: skip

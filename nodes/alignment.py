@@ -15,7 +15,7 @@ from ..rba_core.postprocessing import CleaningSettings, MatchedRegion
 from ..rba_core.reference_encoding import encode_reference
 from ..rba_core.zoom_crop import ZoomCrop
 from .api import io
-from .types import CATEGORY, Attention, Model, Placement, Reference, boxes_in, boxes_out, delivered, encoded, image_of, masks, model_crop, on_device, pictures, plain, together
+from .types import CATEGORY, Attention, BatchProgress, Model, Placement, Reference, boxes_in, boxes_out, delivered, encoded, image_of, masks, model_crop, on_device, pictures, plain, together
 
 SEED_MAX = 0xFFFFFFFFFFFFFFFF
 MATCHES = 384
@@ -97,7 +97,7 @@ class EncodeReference(io.ComfyNode):
             display_name="Encode Reference",
             category=CATEGORY,
             description="Cuts the masked part out of a reference photo and encodes it. Give it the object's mask for Align, and the matched region for Refine Crop.",
-            search_aliases=["rba encode", "dinov2 encode", "reference embedding"],
+            search_aliases=["rba encode", "dinov2 encode", "reference embedding", "image embedding", "subject encode"],
             inputs=[
                 Model.Input("model", tooltip="The model that will read the reference."),
                 io.Image.Input("reference", tooltip="A photo of the object as it should be, of any size."),
@@ -122,7 +122,7 @@ class Align(io.ComfyNode):
             display_name="Align",
             category=CATEGORY,
             description="Finds where the masked part of a crop is seen in the reference, from the model's cross-attention. The raw map is noisy: connect Post-process.",
-            search_aliases=["rba align", "correspondence", "cross attention map", "match reference"],
+            search_aliases=["rba align", "correspondence", "cross attention map", "attention map", "match reference", "find in reference"],
             inputs=[
                 Model.Input("model", tooltip="The model that encoded the reference."),
                 io.Image.Input("crop", tooltip="The crop around the wrong part, from Zoom-in Crop (purpose: alignment)."),
@@ -144,7 +144,7 @@ class Align(io.ComfyNode):
         batch = together(crop=pictures(crop), crop_mask=masks(crop_mask, crop, "crop mask", "crop"), encoded_reference=encoded_reference)
         network = on_device(model)
         maps, attentions = [], []
-        for picture, mask, reference in batch:
+        for picture, mask, reference in BatchProgress(len(batch)).over(batch):
             cut = model_crop(picture, mask, network)
             attention = attend(
                 network, cut, encoded(reference, network),
@@ -163,7 +163,7 @@ class PostProcess(io.ComfyNode):
             display_name="Post-process Correspondence",
             category=CATEGORY,
             description="Turns what Align saw into the matched region of the reference: the mask carried over by the map that all cells agree on; else the raw map without border noise, its largest blob.",
-            search_aliases=["rba post-process", "matched region", "clean correspondence map", "largest blob"],
+            search_aliases=["rba post-process", "matched region", "clean correspondence map", "attention to mask", "largest blob", "map to bounding box"],
             inputs=[
                 io.Mask.Input("correspondence_map", tooltip="The raw map, from Align."),
                 Reference.Input("encoded_reference", tooltip="The reference that was aligned with."),
@@ -235,7 +235,7 @@ class Register(io.ComfyNode):
             display_name="Register",
             category=CATEGORY,
             description="Settles the matched region to the pixel: lays the reference over the crop so that both agree around the mask. Where they cannot, all stays as it was.",
-            search_aliases=["rba register", "registration", "collage", "warp reference", "align pictures"],
+            search_aliases=["rba register", "image registration", "collage", "warp reference", "align images", "align pictures", "homography"],
             inputs=[
                 io.Image.Input("crop", tooltip="The crop around the wrong part, from Zoom-in Crop (purpose: refinement)."),
                 io.Mask.Input("crop_mask", tooltip="White over the wrong part of the crop, from Zoom-in Crop."),
@@ -268,7 +268,7 @@ class Register(io.ComfyNode):
         )
         settings = Settings(min_confidence=min_confidence, dense=placement is not None)
         laid, shown, regions, guides, confidences, drawn = [], [], [], [], [], []
-        for cut, hole, box, whole, photo, thing, found, start in batch:
+        for cut, hole, box, whole, photo, thing, found, start in BatchProgress(len(batch)).over(batch):
             thing, found, collage = (thing > 0.5).float(), (found > 0.5).float(), None
             region, crop = MatchedRegion(found, Box.around(found), found, start), ZoomCrop(cut, (hole > 0.5).float(), box)
             if start is not None or not torch.equal(found, thing):  # all of it, and no placement: alignment found nothing

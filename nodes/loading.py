@@ -45,7 +45,7 @@ class LoadModel(io.ComfyNode):
             display_name="Load Refine-by-Align Model",
             category=CATEGORY,
             description="Loads a Refine-by-Align model: rba-tiny, which comes with the pack, or a model folder from models/refine_by_align.",
-            search_aliases=["rba", "refine by align loader", "load rba", "reference repair model"],
+            search_aliases=["rba", "refine by align loader", "load rba", "reference repair model", "rba-tiny", "checkpoint loader"],
             inputs=[
                 io.Combo.Input("model_name", options=list(model_folders()), tooltip="rba-tiny comes with the pack. Other models are folders with a config.json in models/refine_by_align."),
                 io.Combo.Input(
@@ -56,6 +56,12 @@ class LoadModel(io.ComfyNode):
             ],
             outputs=[Model.Output("model", tooltip="The model, for every other Refine by Align node.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name, dtype, device):
+        """A model whose files changed under the same name is read again."""
+        files = sorted(path for path in Path(model_folders()[model_name]).rglob("*") if path.is_file())
+        return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
 
     @classmethod
     def execute(cls, model_name, dtype, device) -> io.NodeOutput:

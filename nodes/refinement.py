@@ -80,7 +80,7 @@ class ZoomCrop(io.ComfyNode):
             display_name="Zoom-in Crop",
             category=CATEGORY,
             description="Cuts a square around the mask and scales it to the model's resolution, so that a small part is seen large.",
-            search_aliases=["rba crop", "crop around mask", "zoom in", "inpaint crop"],
+            search_aliases=["rba crop", "crop around mask", "crop by mask", "zoom in", "inpaint crop", "mask bounding box crop"],
             inputs=[
                 Model.Input("model", tooltip="Sets the resolution of the crop."),
                 io.Image.Input("image", tooltip="The image with the wrong part."),
@@ -112,7 +112,7 @@ class Refine(io.ComfyNode):
             display_name="Refine Crop",
             category=CATEGORY,
             description="Redraws the masked part of a crop from the matched region of the reference.",
-            search_aliases=["rba refine", "reference inpaint", "redraw crop"],
+            search_aliases=["rba refine", "reference inpaint", "redraw crop", "inpaint with reference image", "fix crop"],
             inputs=[
                 Model.Input("model", tooltip="The model that encoded the reference."),
                 io.Image.Input("crop", tooltip="The crop around the wrong part, from Zoom-in Crop (purpose: refinement)."),
@@ -140,6 +140,7 @@ class Refine(io.ComfyNode):
             refine(
                 network, model_crop(picture, mask, network), encoded(reference, network), collage=laid, strength=strength, steps=steps or None, guidance=guidance or None,
                 scheduler=None if scheduler == "default" else scheduler, seed=seed, progress=progress.of(index),
+                preview=progress.preview(),
             )
             for index, (picture, mask, reference, laid) in enumerate(batch)
         ]
@@ -154,7 +155,7 @@ class Stitch(io.ComfyNode):
             display_name="Stitch",
             category=CATEGORY,
             description="Puts a redrawn crop back into its image. Not one pixel outside the mask changes.",
-            search_aliases=["rba stitch", "paste back", "inpaint stitch", "uncrop"],
+            search_aliases=["rba stitch", "paste back", "inpaint stitch", "uncrop", "composite crop", "undo crop", "merge crop"],
             inputs=[
                 io.Image.Input("image", tooltip="The image that the crop was cut from."),
                 io.Mask.Input("mask", tooltip="White over the wrong part; same size as the image."),
@@ -209,7 +210,10 @@ class RefineByAlign(io.ComfyNode):
                 "Puts right what an image generator got wrong - logos, printed text, badges, patterns - from a reference photo: "
                 "finds the part of the reference that corresponds to the mask and redraws only what is masked."
             ),
-            search_aliases=["rba", "fix logo", "fix text", "artifact repair", "reference guided inpainting", "detail restore", "product photo"],
+            search_aliases=[
+                "rba", "fix logo", "fix text", "repair label", "restore print", "correct typography", "artifact repair", "artifact removal", "fix details", "detail restore",
+                "reference inpaint", "reference guided inpainting", "inpaint from reference", "detailer", "product photo", "object consistency",
+            ],
             inputs=[
                 Model.Input("model", tooltip="From Load Refine-by-Align Model."),
                 io.Image.Input("image", tooltip="The image with the wrong part. Alpha and everything outside the mask stay as they are."),
@@ -271,8 +275,9 @@ class RefineByAlign(io.ComfyNode):
         refined, matched, confidences = [], [], []
         for index, (whole, part, guide, object_mask) in enumerate(batch):
             result = refine_by_align(
-                network, pictures(whole[None])[0], part, [guide, *more], [object_mask, *more_masks], settings=settings, seed=seed, progress=progress.of(index)
-            )
+                network, pictures(whole[None])[0], part, [guide, *more], [object_mask, *more_masks], settings=settings, seed=seed,
+                progress=progress.of(index), preview=progress.preview(),
+            )  # fmt: skip
             refined.append(put_back(result.image, part, whole))
             found = [object_mask if match.region is None else match.region.mask for match in result.matches if match.reference == 0]
             matched.append(torch.stack([torch.zeros_like(object_mask), *found]).amax(0))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import comfy.utils
 import torch
 from comfy import model_management
+from comfy.cli_args import LatentPreviewMethod, args
 from comfy.model_patcher import ModelPatcher
+from PIL import Image
 from torch import Tensor
 
 from ..rba_core.collage import Collage
 from ..rba_core.errors import InputError
 from ..rba_core.geometry import Box
+from ..rba_core.imageio import to_bytes
+from ..rba_core.latent_preview import Preview
 from ..rba_core.model import RefineByAlign
 from ..rba_core.pipeline import check_mask
 from ..rba_core.reference_encoding import EncodedReference
@@ -147,11 +152,28 @@ class BatchProgress:
     """ComfyUI's progress bar over a batch; ends the run when the user cancels."""
 
     def __init__(self, count: int):
-        self.count, self.bar = count, comfy.utils.ProgressBar(count)
+        self.count, self.bar, self.picture = count, comfy.utils.ProgressBar(count), None
 
     def of(self, index: int) -> Progress:
         def report(done: int, total: int) -> None:
             model_management.throw_exception_if_processing_interrupted()
-            self.bar.update_absolute(index * total + done, self.count * total)
+            self.bar.update_absolute(index * total + done, self.count * total, self.picture)
 
         return report
+
+    def preview(self) -> Preview | None:
+        """Keeps what it is shown for the next report; `None` where ComfyUI is told to show no previews."""
+        if args.preview_method == LatentPreviewMethod.NoPreviews:
+            return None
+
+        def keep(picture: Tensor) -> None:
+            self.picture = ("JPEG", Image.fromarray(to_bytes(picture.cpu())), args.preview_size)
+
+        return keep
+
+    def over(self, batch: list[tuple]) -> Iterator[tuple]:
+        """The items of a batch that is not sampled, one by one."""
+        for index, item in enumerate(batch):
+            model_management.throw_exception_if_processing_interrupted()
+            yield item
+            self.bar.update_absolute(index + 1)

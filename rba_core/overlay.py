@@ -77,3 +77,8 @@ def draw_matches(image: Tensor, crop: ZoomCrop, reference: Tensor, collage: Coll
         for x, y in (here, there):
             draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour if sure else None, outline="black" if sure else colour)
     return torch.from_numpy(np.asarray(sheet).copy()).permute(2, 0, 1).float() / 255
+
+
+def attention_picture(rows: Tensor) -> Tensor:
+    """Attention `[d², N²]` as a grey picture `[3, d², N²]`, each row's peak white: 8 bits then tell even a flat row."""
+    return (rows / rows.amax(1, keepdim=True).clamp(min=1e-12)).expand(3, -1, -1)

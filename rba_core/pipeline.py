@@ -15,6 +15,7 @@ from .dense_correspondence import Placement, place
 from .errors import InputError
 from .feature_alignment import model_aligner
 from .geometry import Box
+from .latent_preview import Preview
 from .model import RefineByAlign
 from .postprocessing import CleaningSettings, MatchedRegion, clean
 from .reference_encoding import EncodedReference, encode_reference
@@ -126,6 +127,7 @@ def refine_by_align(
     settings: Settings = Settings(),
     seed: int = 0,
     progress: Progress | None = None,
+    preview: Preview | None = None,
 ) -> Refined:
     """Redraw what `mask` covers in `image` from the corresponding part of `reference`.
 
@@ -151,7 +153,7 @@ def refine_by_align(
             guide, collage = wholes[match.reference], believed(match.collage, settings)
             if match.region is not None:
                 guide = encode_reference(model, references[match.reference], grow(match.region, settings.region_margin) * guide.mask)
-            result = redraw(model, result, artifact, crop, guide, collage, settings, seed, told)
+            result = redraw(model, result, artifact, crop, guide, collage, settings, seed, told, preview)
         matches.append(match)
     return Refined(result, matches)
 
@@ -296,7 +298,7 @@ def believed(collage: Collage | None, settings: Settings) -> Collage | None:
 
 def redraw(
     model: RefineByAlign, image: Tensor, mask: Tensor, crop: ZoomCrop, guide: EncodedReference, collage: Collage | None, settings: Settings, seed: int,
-    progress: Progress | None = None,
+    progress: Progress | None = None, preview: Preview | None = None,
 ) -> Tensor:
     """The image `[3, H, W]` with one artifact redrawn in its crop, guided by a region's tokens, and put back."""
     strength = settings.strength
@@ -304,7 +306,7 @@ def redraw(
         strength = default_strength(model, collage.confidence) if collage else 1.0
     redrawn = refine(
         model, crop, guide, collage=collage, strength=strength, steps=settings.steps, guidance=settings.guidance, scheduler=settings.scheduler, seed=seed,
-        progress=progress,
+        progress=progress, preview=preview,
     )  # fmt: skip
     if collage is not None:
         redrawn = transfer_detail(redrawn, collage, crop.mask, settings.detail_transfer)

@@ -14,6 +14,7 @@ from torch import Tensor
 from .collage import Collage
 from .errors import InputError
 from .geometry import resize, resize_mask
+from .latent_preview import LatentPreview, Preview
 from .model import RefineByAlign
 from .reference_encoding import EncodedReference
 from .zoom_crop import ZoomCrop
@@ -54,6 +55,7 @@ def refine(
     scheduler: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    preview: Preview | None = None,
 ) -> Tensor:
     """Redraw what `crop.mask` covers: `[3, S, S]` in [0, 1].
 
@@ -61,6 +63,7 @@ def refine(
     strength   share of the steps, 0 to 1, that may depart from the collage (SDEdit): before them, what it shows
                of the object is imposed like the surround; 1 = it is a hint only
     guidance   classifier-free guidance against the dropped embedding; 1 = off
+    preview    is shown what each step is heading for, where there is more than one
 
     The known region is imposed again on the latents after each step, at that step's noise level.
     """
@@ -98,6 +101,7 @@ def refine(
     latents = noise * sampler.init_noise_sigma
     # of the schedulers, the ancestral ones draw noise in each step
     seeded = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
+    look = LatentPreview(model, known, hole, shown) if preview and len(sampler.timesteps) > 1 else None
     departure = round((1 - strength) * len(sampler.timesteps))
     for index, timestep in enumerate(sampler.timesteps):
         scaled = sampler.scale_model_input(latents, timestep)
@@ -107,6 +111,8 @@ def refine(
         if guidance != 1:
             dropped, guided = prediction.chunk(2)
             prediction = dropped + guidance * (guided - dropped)
+        if look:
+            preview(look(scaled, prediction, timestep))
         latents = sampler.step(prediction, timestep, latents, return_dict=False, **seeded)[0]
         last = index + 1 == len(sampler.timesteps)
         surround = known if last else sampler.add_noise(known, noise, sampler.timesteps[index + 1 : index + 2])

@@ -78,8 +78,17 @@ class NodeOutput:
 
 
 class PreviewImage:
+    """Keeps its batch `[B, H, W, C]`; `files` has every picture given away by name."""
+
+    files: dict[str, torch.Tensor] = {}
+
     def __init__(self, image, cls=None):
         self.image = image
+
+    def as_dict(self):
+        names = [f"{len(self.files) + index}.png" for index in range(len(self.image))]
+        self.files.update(zip(names, self.image))
+        return {"images": [{"filename": name, "subfolder": "", "type": "temp"} for name in names], "animated": (False,)}
 
 
 class PreviewText:
@@ -124,8 +133,11 @@ class ProgressBar:
         self.updates = []
         ProgressBar.made.append(self)
 
-    def update_absolute(self, value, total=None):
+        self.previews = []
+
+    def update_absolute(self, value, total=None, preview=None):
         self.updates.append((value, total))
+        self.previews.append(preview)
 
 
 class ModelPatcher:
@@ -180,6 +192,7 @@ def install() -> None:
         "comfy": {},
         "comfy.utils": {"ProgressBar": ProgressBar},
         "comfy.samplers": {"Sampler": Sampler, "CFGGuider": CFGGuider},
+        "comfy.cli_args": {"args": SimpleNamespace(preview_method="none", preview_size=512), "LatentPreviewMethod": SimpleNamespace(NoPreviews="none", Auto="auto")},
         "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
         "comfy.model_management": {
             "InterruptProcessingException": InterruptProcessingException,

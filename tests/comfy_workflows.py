@@ -13,6 +13,8 @@ PACK = Path(__file__).parent.parent
 WORKFLOWS, SUBGRAPHS, API = PACK / "workflows", PACK / "subgraphs", PACK / "workflows" / "api"
 
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+VIEWS = {"IMAGECOMPARE"}
+"""Of inputs that the frontend shows a result in: nothing is saved of them, and nothing that matters is queued."""
 NOTES = {"MarkdownNote", "Note"}
 NEVER, BYPASS = 2, 4
 FROM_OUTSIDE, TO_OUTSIDE = -10, -20
@@ -118,7 +120,8 @@ def to_prompt(workflow: dict, infos: dict[str, dict]) -> dict[str, dict]:
         if node["type"] in NOTES or node.get("mode") in (NEVER, BYPASS):
             continue
         linked = {entry["name"]: source(entry["link"]) for entry in node["inputs"] if entry["link"] is not None}
-        inputs = widget_values(node, infos[node["type"]]) | {name: start for name, start in linked.items() if start}
+        views = {name: "" for name, (io_type, _) in schema_inputs(infos[node["type"]]).items() if io_type in VIEWS}
+        inputs = widget_values(node, infos[node["type"]]) | views | {name: start for name, start in linked.items() if start}
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
 
@@ -148,7 +151,7 @@ def _graph_problems(workflow: dict, infos: dict[str, dict]) -> list[str]:
             found.append(f"link {number} has a loose end")
             continue
         output, entry = nodes[source]["outputs"][source_slot], nodes[target]["inputs"][target_slot]
-        if not output["type"] == entry["type"] == io_type:
+        if output["type"] != io_type or entry["type"] not in (io_type, "*"):
             found.append(f"link {number} of type {io_type} joins {output['type']} to {entry['type']}")
         if "definitions" not in workflow and (entry["link"] != number or number not in output["links"]):
             found.append(f"link {number} is not what its ends hold")
@@ -164,7 +167,7 @@ def _node_problems(node: dict, info: dict) -> list[str]:
             found.append(f"has an input {name} of type {entry['type']}, the node has not")
     for name in info["input"]["required"]:
         connected = any(entries[entry]["link"] is not None for entry in entries if entry == name or entry.startswith(f"{name}."))
-        if not connected and inputs.get(name, ("grows",))[0] not in WIDGET_TYPES:
+        if not connected and inputs.get(name, ("grows",))[0] not in WIDGET_TYPES | VIEWS:
             found.append(f"{name} is not connected")
     outputs = [(output["name"], output["type"]) for output in node["outputs"]]
     if outputs != list(zip(info["output_name"], info["output"], strict=True)):

@@ -68,3 +68,19 @@ def test_sample(nodes):
         assert picture.shape == (*selection.shape, 3) and len(picture) == 1
         assert 0 <= picture.min() < picture.max() <= 1
         assert set(selection.unique().tolist()) == {0.0, 1.0}
+
+
+def test_model_whose_files_change_is_read_again(nodes, model_folder, monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(nodes.loading, "model_folders", lambda: {"small": str(tmp_path), "other": str(model_folder)})
+
+    def fingerprint(name="small"):
+        return nodes.loading.LoadModel.fingerprint_inputs(name, "auto", "default")
+
+    before = fingerprint()
+    assert fingerprint() == before != fingerprint("other")
+    (tmp_path / "config.json").write_text("{ }")
+    changed = fingerprint()
+    assert changed != before
+    (tmp_path / "weights.safetensors").write_text("")
+    assert fingerprint() != changed

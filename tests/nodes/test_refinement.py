@@ -277,3 +277,12 @@ def test_progress_and_cancel(run, monkeypatch):
     with pytest.raises(comfy_stand_in.InterruptProcessingException):
         run(steps=4)
     assert len(comfy_stand_in.ProgressBar.made[-1].updates) == 2
+
+
+def test_previews_while_sampling(run, monkeypatch):
+    run(steps=2)
+    assert comfy_stand_in.ProgressBar.made[-1].previews == [None, None]
+    monkeypatch.setattr(sys.modules["comfy.cli_args"].args, "preview_method", "auto")
+    run(steps=2)
+    kinds, pictures, sizes = zip(*comfy_stand_in.ProgressBar.made[-1].previews)
+    assert kinds == ("JPEG",) * 2 and sizes == (512,) * 2 and all(picture.size == (8, 8) for picture in pictures)

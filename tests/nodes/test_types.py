@@ -93,3 +93,16 @@ def test_memory_is_spared_where_little_is_free(nodes, loaded, monkeypatch):
         assert nodes.types.on_device(loaded).sparing is True
     finally:
         loaded.model.network.spare_memory(False)
+
+
+def test_batch_that_is_not_sampled_shows_progress_and_can_be_cancelled(nodes, monkeypatch):
+    progress = nodes.types.BatchProgress(3)
+    assert list(progress.over(["a", "b", "c"])) == ["a", "b", "c"]
+    assert [done for done, _ in comfy_stand_in.ProgressBar.made[-1].updates] == [1, 2, 3]
+
+    def interrupted():
+        raise comfy_stand_in.InterruptProcessingException
+
+    monkeypatch.setattr(nodes.types.model_management, "throw_exception_if_processing_interrupted", interrupted)
+    with pytest.raises(comfy_stand_in.InterruptProcessingException):
+        next(progress.over(["a"]))
