@@ -6,6 +6,7 @@ Skipped where there is no ComfyUI (see test_comfyui_end_to_end.py), no frontend 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from chromium import Chromium, find_chromium
 from PIL import Image
-from test_comfyui_end_to_end import SAMPLE, Server, assert_same, expected, find_comfyui  # noqa: F401 (a fixture)
+from test_comfyui_end_to_end import SAMPLE, Server, assert_same, expected, find_comfyui, sample  # noqa: F401 (fixtures)
 
 WORKFLOWS = Path(__file__).parent.parent / "workflows"
 READY = "!!(window.app?.graph && window.LiteGraph && LiteGraph.registered_node_types.RBA_RefineByAlign && !document.querySelector('#splash-loader'))"
@@ -81,6 +82,13 @@ class Frontend(Chromium):
         self.wait(f"seen.some(([kind]) => {json.dumps(ENDS)}.includes(kind))", 120)
         assert self.ask("seen.some(([kind]) => kind === 'execution_success')"), self.ask("JSON.stringify(seen.at(-1))")
         return self.ask("seen.filter(([kind, node]) => kind === 'executing' && node).map(([, node]) => app.graph.getNodeById(node)?.type ?? node)")
+
+    def put_down(self, x: float, y: float) -> None:
+        """A node that the search made: it hangs on the mouse, and the click that ends that is heard by nothing else."""
+        self.mouse("Moved", x + 5, y + 5, button="none")
+        for _ in range(2):
+            self.click_at(x, y)
+            time.sleep(0.6)
 
     def prompt(self) -> dict:
         return self.ask("app.graphToPrompt().then(made => made.output)")
@@ -283,7 +291,88 @@ def test_a_search_in_a_person_s_words_finds_the_node(page):
         page.wait(f"!!{option}")
     page.click_at(*page.ask(f"(({{x, y, width, height}}) => [x + width / 4, y + height / 2])({option}.getBoundingClientRect())"))
     page.wait(f"!!{page.node(kind)}")
-    page.click_at(900, 500)  # it hangs on the mouse till then
+    page.put_down(900, 500)
+
+
+def test_a_mask_painted_in_the_mask_editor_is_what_changes(page, server):
+    shutil.copy(SAMPLE / "image.png", server.base / "input" / "product.png")
+    page.load("quickstart", RBA_RefineByAlign={"seed": 0})
+    page.ask("app.refreshComboInNodes()")
+    page.ask(f"""(() => {{ const picture = LiteGraph.createNode('LoadImage'), node = {page.node("RBA_RefineByAlign")}; app.graph.add(picture);
+        picture.pos = [node.pos[0] - 800, node.pos[1] + 600]; const chosen = picture.widgets.find(w => w.name === 'image'); chosen.value = 'product.png'; chosen.callback('product.png');
+        for (const [slot, name] of [[0, 'image'], [1, 'mask']]) picture.connect(slot, node, node.inputs.findIndex(i => i.name === name)) }})()""")
+    page.wait(f"{page.node('LoadImage')}.imgs?.[0]?.naturalWidth === 768")
+    page.select("LoadImage")
+    page.wait("!!document.querySelector('[aria-label^=\"Open Mask Editor\"]')")
+    page.click("[aria-label^='Open Mask Editor']")
+    drawn = "[...document.querySelectorAll('[role=dialog] canvas')].find(c => c.width === 768 && c.getBoundingClientRect().width > 300)"
+    page.wait(f"!!{drawn}")
+    time.sleep(1)
+    x, y, side = page.ask(f"(({{x, y, width}}) => [x, y, width])({drawn}.getBoundingClientRect())")
+    for line in range(6):
+        page.drag((x + 0.34 * side, y + (0.44 + 0.025 * line) * side), (x + 0.52 * side, y + (0.44 + 0.025 * line) * side), steps=20)
+    page.click_text("button", "Save")
+    page.wait(f"/painted-masked/.test({page.widget('LoadImage', 'image')}.value)")
+    page.run()
+    before, after = np.asarray(Image.open(SAMPLE / "image.png").convert("RGB")).astype(int), saved(server).astype(int)
+    rows, columns = np.nonzero(np.abs(after - before).max(-1))
+    assert len(rows) > 1000
+    assert 0.3 < columns.min() / 768 and columns.max() / 768 < 0.56 and 0.4 < rows.min() / 768 and rows.max() / 768 < 0.61
+
+
+def test_a_node_s_help_opens(page):
+    page.load("quickstart")
+    page.select("RBA_RefineByAlign")
+    page.wait("!!document.querySelector('[data-testid=info-button]')")
+    page.click("[data-testid=info-button]")
+    page.wait("/Paint the mask tightly over what is wrong/.test(document.body.innerText)")
+    page.wait("[...document.querySelectorAll('img')].some(i => /RBA_RefineByAlign/.test(i.src) && i.naturalWidth > 0)")
+    page.click("[aria-label='Toggle properties panel']")
+
+
+def test_the_viewer_shows_where_the_model_looks(page):
+    page.load("look_and_score")
+    page.run()
+    viewer = f"{page.widget('RBA_CorrespondenceViewer', 'viewer')}.element"
+    page.focus("RBA_CorrespondenceViewer")
+    page.wait(f"{viewer}.querySelector('canvas').width > 1")
+    crop, reference = (f"{viewer}.querySelectorAll('canvas')[{index}]" for index in range(2))
+    plain = page.ask(f"{reference}.toDataURL()")
+    x, y, width, height = page.ask(f"(({{x, y, width, height}}) => [x, y, width, height])({crop}.getBoundingClientRect())")
+    shown = []
+    for share in (0.3, 0.6):
+        page.mouse("Moved", x + share * width, y + height / 2, button="none")
+        page.wait(f"/%/.test({viewer}.innerText)")
+        time.sleep(0.2)
+        shown.append(page.ask(f"{reference}.toDataURL()"))
+    assert len({plain, *shown}) == 3
+    page.mouse("Moved", x - 200, y - 100, button="none")
+    page.wait(f"{reference}.toDataURL().length === {len(plain)}")
+
+
+def test_the_blueprint_drops_in_runs_and_opens(page, server, expected):  # noqa: F811
+    page.load("quickstart")
+    page.ask(f"app.graph.remove({page.node('RBA_RefineByAlign')}); app.canvas.ds.offset[0] -= 3000; app.canvas.draw(true, true)")
+    for count in (1, 2):
+        for event in ("mousePressed", "mouseReleased"):
+            page.call("Input.dispatchMouseEvent", type=event, x=700, y=300, button="left", clickCount=count)
+    page.wait("document.activeElement?.placeholder === 'Add a node...'")
+    page.write("refine by align")
+    option = "[...document.querySelectorAll('[role=option]')].find(e => /^Refine by Align\\s+Blueprint/.test(e.innerText.trim()))"
+    page.wait(f"!!{option}")
+    page.click_at(*page.ask(f"(({{x, y, width, height}}) => [x + width / 4, y + height / 2])({option}.getBoundingClientRect())"))
+    page.wait("app.graph.nodes.some(n => n.isSubgraphNode?.())")
+    page.put_down(700, 300)
+    page.ask(f"""(() => {{ const whole = app.graph.nodes.find(n => n.isSubgraphNode?.()), sample = {page.node("RBA_Sample")}, saver = {page.node("SaveImage")};
+        const entry = name => whole.inputs.findIndex(i => i.name === name);
+        for (const name of ['image', 'mask', 'reference', 'reference_mask']) sample.connect(sample.outputs.findIndex(o => o.name === name), whole, entry(name));
+        if (entry('model') >= 0) {page.node("RBA_LoadModel")}.connect(0, whole, entry('model'));
+        whole.connect(whole.outputs.findIndex(o => o.type === 'IMAGE'), saver, 0) }})()""")
+    page.run()
+    assert_same(saved(server), expected(0))
+    page.ask("app.canvas.openSubgraph(app.graph.nodes.find(n => n.isSubgraphNode?.()).subgraph)")
+    page.wait("app.canvas.graph.nodes.some(n => n.type === 'RBA_Align')")
+    page.ask("app.canvas.setGraph(app.graph)")
 
 
 def test_a_saved_picture_dropped_on_the_canvas_brings_its_graph(page, server):
@@ -306,6 +395,22 @@ def test_nodes_2_0_run_and_fold_what_is_advanced(page, server, expected):  # noq
         assert not page.ask("/peak_support/.test(document.body.innerText)")
         page.run()
         assert_same(saved(server), expected(1))
+    finally:
+        page.ask("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+
+
+def test_before_and_after_slide_over_each_other(page):
+    page.ask("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', true)")
+    try:
+        page.load("look_and_score")
+        page.run()
+        page.focus("ImageCompare")
+        before = "document.querySelector('img[alt=\"Before image\"]')"
+        page.wait(f"{before}?.naturalWidth === 768")
+        x, y, width, height = page.ask(f"(({{x, y, width, height}}) => [x, y, width, height])({before}.getBoundingClientRect())")
+        for share in (0.25, 0.75):
+            page.mouse("Moved", x + share * width, y + height / 2, button="none")
+            page.wait(f"Math.abs(parseFloat({before}.style.clipPath.split(' ')[1]) - {100 * (1 - share)}) < 2")
     finally:
         page.ask("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
 
