@@ -2,7 +2,9 @@
 
     python tests/nodes/help_pictures.py [FOLDER]     default: web/docs/img
 
-Those of Correspondence Viewer and Score are screenshots of `workflows/look_and_score.json` in ComfyUI.
+The others are screenshots in ComfyUI: Correspondence Viewer and Score of `workflows/look_and_score.json`; of nodes whose weights
+do not come with the pack the graph alone, not run: Align (DIFT) of `dift_alignment.json`, Download Model of `download_weights.json`,
+the rest of the native models' nodes of `native_sampler.json`.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def tile(path: Path, *pictures: torch.Tensor) -> None:
 
 def main(folder: Path) -> None:
     nodes = comfy_stand_in.load_pack()
-    alignment, refinement, loading, preview = nodes.alignment, nodes.refinement, nodes.loading, nodes.preview
+    alignment, refinement, loading, preview, editors = nodes.alignment, nodes.refinement, nodes.loading, nodes.preview, nodes.editors
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(node, *pictures):
@@ -65,9 +67,12 @@ def main(folder: Path) -> None:
 
     wide = run(refinement.ZoomCrop, model, image, mask, purpose="alignment")
     close = run(refinement.ZoomCrop, model, image, mask, purpose="refinement")
-    box, square = nodes.types.boxes_in(close["bounding_box"])[0], torch.zeros(1, *mask.shape[1:])
-    square = box.paste(square, torch.ones(1, box.height, box.width))[0]
-    save(refinement.ZoomCrop, outline(marked, square, WHITE), outline(channels(close["crop"]), close["crop_mask"][0]))
+
+    def cut_from(bounding_box):
+        box = nodes.types.boxes_in(bounding_box)[0]
+        return outline(marked, box.paste(torch.zeros(1, *mask.shape[1:]), torch.ones(1, box.height, box.width))[0], WHITE)
+
+    save(refinement.ZoomCrop, cut_from(close["bounding_box"]), outline(channels(close["crop"]), close["crop_mask"][0]))
 
     def overlay(region, encoded=None):
         return channels(run(preview.CorrespondencePreview, photo, region, encoded_reference=encoded)["overlay"])
@@ -89,6 +94,12 @@ def main(folder: Path) -> None:
     save(alignment.PostProcess, raw, region, channels(photo) * first["close_up"])
     save(preview.CorrespondencePreview, region)
 
+    by_patches = run(nodes.feature_alignment.AlignDINOv2, wide["crop"], wide["crop_mask"], photo, thing, model=model)
+    save(
+        nodes.feature_alignment.AlignDINOv2, outline(channels(wide["crop"]), wide["crop_mask"][0]),
+        overlay(by_patches["correspondence_map"], by_patches["encoded_reference"]),
+    )  # fmt: skip
+
     laid = run(
         alignment.Register, close["crop"], close["crop_mask"], close["bounding_box"], image, photo, thing, found["matched_region"], placement=found["placement"]
     )
@@ -101,6 +112,13 @@ def main(folder: Path) -> None:
 
     refined = run(refinement.Stitch, image, mask, redrawn, close["bounding_box"], crop_mask=close["crop_mask"], **collage)["refined"]
     save(refinement.Stitch, marked, channels(redrawn), channels(refined))
+
+    match = run(editors.FindRegion, model, image, mask, photo, thing)["matched_region"]
+    save(editors.FindRegion, marked, overlay(match))
+    cut = run(editors.EditorCrop, image, mask)
+    save(editors.EditorCrop, cut_from(cut["bounding_box"]), outline(channels(cut["crop"]), cut["crop_mask"][0]))
+    shown, alone = (run(editors.ReferenceCrop, photo, match, thing, background=background)["reference_crop"] for background in ("as it is", "grey"))
+    save(editors.ReferenceCrop, overlay(match), channels(shown), channels(alone))
 
     result = run(refinement.RefineByAlign, model, image, mask, photo, thing)
     save(refinement.RefineByAlign, marked, overlay(result["matched_region"]), channels(result["refined"]))
