@@ -229,6 +229,22 @@ def test_grid_search(server, prompt, sample):
     assert np.abs(cell(grid, 0, 0) - cell(grid, 2, 2)).max() > 20
 
 
+def test_feature_alignment(server, prompt, sample, expected):
+    """With the embedded model's encoder in the place of DINOv2: another way to the same region, and so to nearly the same picture."""
+    changed = prompt("feature_alignment")
+    (model,) = (number for number, node in changed.items() if node["class_type"] == "RBA_LoadModel")
+    (loader,) = (number for number, node in changed.items() if node["class_type"] == "CLIPVisionLoader")
+    del changed[loader]
+    for node in changed.values():
+        if node["class_type"] == "RBA_AlignDINOv2":
+            node["inputs"] |= {"model": [model, 0]}
+            del node["inputs"]["clip_vision"]
+    saved, before = server.run(changed).astype(int), to_bytes(sample[0]).astype(int)
+    inside = sample[1].numpy() > 0.5
+    assert (saved[~inside] == before[~inside]).all()
+    assert np.abs(saved - expected(0))[inside].mean() < np.abs(saved - before)[inside].mean() / 5
+
+
 def test_blueprint_is_listed_and_gives_the_library_s_result(server, expected):
     (path,) = comfy_workflows.SUBGRAPHS.glob("*.json")
     (number,) = (number for number, entry in server.get("/global_subgraphs").items() if entry["name"] == path.stem and entry["source"] == "custom_node")
