@@ -199,9 +199,9 @@ def in_a_cell(picture, side: int = 384) -> np.ndarray:
 
 def test_batch(server, prompt, sample):
     image, mask, *guide = sample
-    saved = server.run_batch(prompt("batch"))
+    saved = server.run_batch(prompt("batch", RBA_EditorCrop={"size": 512}))
     assert len(saved) == 3
-    crop = zoom_crop(image, mask, 1024, context=4)
+    crop = zoom_crop(image, mask, 512, context=4)
     expected = to_bytes(refine_by_align(RefineByAlign.load(), crop.image, crop.mask, *guide).image)
     assert np.abs(saved[1].astype(int) - expected).max() <= 1
 
