@@ -181,7 +181,7 @@ def _node_problems(node: dict, info: dict) -> list[str]:
 
 def _allowed(value: object, io_type: str, options: dict) -> bool:
     if io_type == "COMBO":
-        return value in options["options"] or str(value).endswith(MODELS)
+        return value in options["options"] or not options["options"] or str(value).endswith(MODELS)  # an empty list: of files, and none is there
     if io_type in ("STRING", "BOOLEAN"):
         return isinstance(value, str if io_type == "STRING" else bool)
     number = int if io_type == "INT" else (int, float)

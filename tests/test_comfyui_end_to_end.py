@@ -199,9 +199,9 @@ def in_a_cell(picture, side: int = 384) -> np.ndarray:
 
 def test_batch(server, prompt, sample):
     image, mask, *guide = sample
-    saved = server.run_batch(prompt("batch"))
+    saved = server.run_batch(prompt("batch", RBA_EditorCrop={"size": 512}))
     assert len(saved) == 3
-    crop = zoom_crop(image, mask, 1024, context=4)
+    crop = zoom_crop(image, mask, 512, context=4)
     expected = to_bytes(refine_by_align(RefineByAlign.load(), crop.image, crop.mask, *guide).image)
     assert np.abs(saved[1].astype(int) - expected).max() <= 1
 
@@ -227,6 +227,22 @@ def test_grid_search(server, prompt, sample):
         drawn = zoom_crop(overlay(reference, seen / seen.max()), reference_mask, 1024, context=1).image
         assert np.abs(cell(grid, row, column) - in_a_cell(drawn)).max() <= 4, (layer, timestep)
     assert np.abs(cell(grid, 0, 0) - cell(grid, 2, 2)).max() > 20
+
+
+def test_feature_alignment(server, prompt, sample, expected):
+    """With the embedded model's encoder in the place of DINOv2: another way to the same region, and so to nearly the same picture."""
+    changed = prompt("feature_alignment")
+    (model,) = (number for number, node in changed.items() if node["class_type"] == "RBA_LoadModel")
+    (loader,) = (number for number, node in changed.items() if node["class_type"] == "CLIPVisionLoader")
+    del changed[loader]
+    for node in changed.values():
+        if node["class_type"] == "RBA_AlignDINOv2":
+            node["inputs"] |= {"model": [model, 0]}
+            del node["inputs"]["clip_vision"]
+    saved, before = server.run(changed).astype(int), to_bytes(sample[0]).astype(int)
+    inside = sample[1].numpy() > 0.5
+    assert (saved[~inside] == before[~inside]).all()
+    assert np.abs(saved - expected(0))[inside].mean() < np.abs(saved - before)[inside].mean() / 5
 
 
 def test_blueprint_is_listed_and_gives_the_library_s_result(server, expected):

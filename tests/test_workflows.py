@@ -16,7 +16,6 @@ PACKS = {
 }  # fmt: skip
 """Folder of `node_infos` -> what the pack is called."""
 INFOS = comfy_workflows.known_infos()
-INFOS["RBA_LoadReferenceEncoder"]["input"]["required"]["encoder_name"][1]["options"] = ["rba-sd15"]  # none comes with the pack
 
 
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
