@@ -15,7 +15,7 @@ from ..rba_core.postprocessing import CleaningSettings, MatchedRegion
 from ..rba_core.reference_encoding import encode_reference
 from ..rba_core.zoom_crop import ZoomCrop
 from .api import io
-from .types import CATEGORY, Attention, BatchProgress, Model, Placement, Reference, boxes_in, boxes_out, delivered, encoded, image_of, masks, model_crop, on_device, pictures, plain, together
+from .types import CATEGORY, Attention, BatchProgress, Model, Placement, Reference, boxes_in, boxes_out, delivered, encoded, image_of, masks, model_crop, object_masks, on_device, pictures, plain, together
 
 SEED_MAX = 0xFFFFFFFFFFFFFFFF
 MATCHES = 384
@@ -108,7 +108,7 @@ class EncodeReference(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, reference, mask=None) -> io.NodeOutput:
-        mask = torch.ones(reference.shape[:3]) if mask is None else masks(mask, reference, "reference mask", "reference")
+        mask = object_masks(mask, reference)
         batch = together(reference=pictures(reference), reference_mask=mask)
         network = on_device(model)
         return io.NodeOutput([plain(encode_reference(network, picture, part)) for picture, part in batch])
@@ -260,7 +260,7 @@ class Register(io.ComfyNode):
 
     @classmethod
     def execute(cls, crop, crop_mask, bounding_box, image, reference, matched_region, min_confidence, margin, reference_mask=None, placement=None) -> io.NodeOutput:
-        object_mask = torch.ones(reference.shape[:3]) if reference_mask is None else masks(reference_mask, reference, "reference mask", "reference")
+        object_mask = object_masks(reference_mask, reference)
         batch = together(
             crop=pictures(crop), crop_mask=masks(crop_mask, crop, "crop mask", "crop"), bounding_box=boxes_in(bounding_box), image=pictures(image),
             reference=pictures(reference), reference_mask=object_mask, matched_region=masks(matched_region, reference, "matched region", "reference"),

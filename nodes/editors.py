@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..rba_core.editing import find_match, reference_crop, stitcher
 from ..rba_core.pipeline import Settings
 from ..rba_core.zoom_crop import crop_box, zoom_crop
 from .alignment import SEED_MAX, on_flat_input
 from .api import io
-from .types import CATEGORY, BatchProgress, Model, boxes_out, delivered, image_of, masks, on_device, pictures, together
+from .types import CATEGORY, BatchProgress, Model, boxes_out, delivered, image_of, masks, object_masks, on_device, pictures, together
 
+EDITORS = f"{CATEGORY}/editors"
 BACKGROUNDS = {"as it is": None, "white": 1.0, "grey": 0.5, "black": 0.0}
 
 Stitcher = io.Custom("STITCHER")
@@ -31,7 +30,7 @@ class FindRegion(io.ComfyNode):
         return io.Schema(
             node_id="RBA_FindRegion",
             display_name="Find Matching Region",
-            category=f"{CATEGORY}/editors",
+            category=EDITORS,
             description="Finds the part of the reference that corresponds to the mask, as Refine by Align does, and redraws nothing: for any other editor.",
             search_aliases=["rba find", "match reference", "align only", "correspondence", "locate part"],
             inputs=[
@@ -51,7 +50,7 @@ class FindRegion(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, image, mask, reference, on_flat, seed, reference_mask=None) -> io.NodeOutput:
-        object_mask = torch.ones(reference.shape[:3]) if reference_mask is None else masks(reference_mask, reference, "reference mask", "reference")
+        object_mask = object_masks(reference_mask, reference)
         batch = together(image=pictures(image), mask=masks(mask, image), reference=pictures(reference), reference_mask=object_mask)
         network = on_device(model)
         progress = BatchProgress(len(batch))
@@ -70,7 +69,7 @@ class EditorCrop(io.ComfyNode):
         return io.Schema(
             node_id="RBA_EditorCrop",
             display_name="Crop for Editor",
-            category=f"{CATEGORY}/editors",
+            category=EDITORS,
             description="Cuts a square around the mask at an editor's resolution: for FLUX, Qwen-Image-Edit, SDXL or any other sampler. Stitch puts back what it redrew.",
             search_aliases=["rba editor crop", "inpaint crop", "crop around mask", "crop and stitch", "zoom in"],
             inputs=[
@@ -110,7 +109,7 @@ class ReferenceCrop(io.ComfyNode):
         return io.Schema(
             node_id="RBA_ReferenceCrop",
             display_name="Reference Crop",
-            category=f"{CATEGORY}/editors",
+            category=EDITORS,
             description="Cuts the matched part out of the reference: the second picture for an editor, an IP-Adapter or a style model.",
             search_aliases=["rba reference crop", "crop matched region", "second image", "reference picture", "redux image"],
             inputs=[
@@ -134,7 +133,7 @@ class ReferenceCrop(io.ComfyNode):
 
     @classmethod
     def execute(cls, reference, matched_region, context, size, background, margin, reference_mask=None) -> io.NodeOutput:
-        object_mask = torch.ones(reference.shape[:3]) if reference_mask is None else masks(reference_mask, reference, "reference mask", "reference")
+        object_mask = object_masks(reference_mask, reference)
         batch = together(reference=pictures(reference), matched_region=masks(matched_region, reference, "matched region", "reference"), reference_mask=object_mask)
         size = size or max(crop_box(region, context, 1).width for _, region, _ in batch)
         crops = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from comfy import model_management, samplers
+from comfy import model_management
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
@@ -17,9 +17,9 @@ from ..rba_core.refinement import Progress
 from ..rba_core.zoom_crop import ZoomCrop
 from .alignment import SEED_MAX
 from .api import io
-from .types import CATEGORY, Attention, BatchProgress, Model, Reference, delivered, image_of, masks, on_device, pictures, plain, together
+from .native_call import Look, looked_into
+from .types import NATIVE, Attention, BatchProgress, Model, Reference, delivered, image_of, masks, object_masks, on_device, pictures, plain, together
 
-NATIVE = f"{CATEGORY}/native models"
 PATCHES = {"dinov2": 14, "dinov3": 16}
 """Side of a patch in pixels, of the CLIP_VISION models whose patches can be told apart by what they show."""
 
@@ -120,12 +120,12 @@ class AlignDIFT(io.ComfyNode):
         def aligner(report: Progress) -> FeatureAligner:
             def diffusion(picture: Tensor, which: int) -> Tensor:
                 latents = vae.encode(image_of(resize(picture, size, size))[None])
-                sampler = NoisyFeatures(which, ensemble, seed, report)
-                guider = samplers.CFGGuider(patcher)
-                guider.set_conds(conditioning, conditioning)
-                sigma = model.get_model_object("model_sampling").sigmas[timestep].cpu()
-                guider.sample(torch.zeros_like(latents), latents, sampler, torch.stack([sigma, torch.zeros(())]), disable_pbar=True, seed=seed)
-                return sampler.features.to(model_management.intermediate_device())
+                sigma = model.get_model_object("model_sampling").sigmas[timestep]
+
+                def mean(look: Look, clean: Tensor) -> Tensor:
+                    return ensemble_mean(lambda clean, noise: look(clean, noise).mean(0), clean, which, ensemble, seed, report)
+
+                return looked_into(patcher, conditioning, latents, sigma, mean, f"up block {up_block}").to(model_management.intermediate_device())
 
             features = diffusion if clip_vision is None else combined(diffusion, vision_features(clip_vision, DINOV2_TOKENS), weight)
             return FeatureAligner(features, temperature or None)
@@ -138,7 +138,7 @@ def matched(aligner, crop: Tensor, crop_mask: Tensor, reference: Tensor, referen
     height, width = crop.shape[1:3]
     if height != width:
         raise InputError("crop", f"is {width} x {height}, not square", "connect Zoom-in Crop")
-    object_mask = torch.ones(reference.shape[:3]) if reference_mask is None else masks(reference_mask, reference, "reference mask", "reference")
+    object_mask = object_masks(reference_mask, reference)
     batch = together(crop=pictures(crop), crop_mask=masks(crop_mask, crop, "crop mask", "crop"), reference=pictures(reference), reference_mask=object_mask)
     progress = BatchProgress(2 * len(batch))
     maps, attentions, grids = [], [], []
@@ -166,25 +166,6 @@ def vision_features(clip_vision, tokens: int) -> Features:
         return clip_vision.model(pixel_values=given)[0][:, -(tokens**2) :].float().to(model_management.intermediate_device())
 
     return patch_features(encode, tokens * PATCHES[clip_vision.model_type])
-
-
-class NoisyFeatures(samplers.Sampler):
-    """Instead of a sampling: the U-Net of `stopped_after`, once for each noise; `features` `[C, h, w]` is the mean of what it gave.
-    Through core's guider, which loads the model with its patches, LoRAs and hooks. noises: as `ensemble_mean` takes them."""
-
-    def __init__(self, *noises):
-        self.noises, self.features = noises, None
-
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
-        def noisy_features(latents: Tensor, noise: Tensor) -> Tensor:
-            try:
-                model_wrap(model_wrap.inner_model.model_sampling.noise_scaling(sigmas[0], noise, latents), sigmas[:1], **extra_args)
-            except Reached as reached:
-                return reached.value.mean(0)
-            raise InputError("model", "did not come to the block that is to be read", "take off patches that skip or replace blocks of the U-Net")
-
-        self.features = ensemble_mean(noisy_features, latent_image, *self.noises)
-        return latent_image
 
 
 def stopped_after(model: ModelPatcher, up_block: int) -> ModelPatcher:

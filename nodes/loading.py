@@ -13,13 +13,11 @@ from comfy import model_management
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
 
-from ..rba_core.model import PRETRAINED
-from ..rba_core.model import RefineByAlign as Network
+from ..rba_core.shipped import PRETRAINED, SAMPLE
 from .api import io
 from .types import CATEGORY, Model, RefineByAlignModel, delivered
 
 FOLDER = "refine_by_align"
-SAMPLE = Path(__file__).parent.parent / "rba_core" / "sample"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
@@ -65,10 +63,12 @@ class LoadModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name, dtype, device) -> io.NodeOutput:
+        from ..rba_core.model import RefineByAlign  # with diffusers and transformers, which take seconds: not when ComfyUI starts
+
         load_device, offload_device = model_management.get_torch_device(), model_management.unet_offload_device()
         if device == "cpu":
             load_device = offload_device = torch.device("cpu")
-        network = Network.load(model_folders()[model_name], dtype=DTYPES.get(dtype, torch.float32))
+        network = RefineByAlign.load(model_folders()[model_name], dtype=DTYPES.get(dtype, torch.float32))
         if dtype == "auto":
             parameters = sum(weight.numel() for weight in network.parameters())
             # not bf16: its 8 bits of mantissa show in decoded pixels

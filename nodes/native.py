@@ -6,20 +6,18 @@ from pathlib import Path
 
 import folder_paths
 import torch
-from comfy import model_management, samplers
+from comfy import model_management
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..rba_core.alignment import correspondence
-from ..rba_core.conversion.reference_encoder import MLP, ReferenceEncoder
+from ..rba_core.alignment import Reached, correspondence, mean_attention, noise_like
 from ..rba_core.errors import InputError
-from ..rba_core.native import LAYERS, inpainting, mean_attention, noise_like, noise_sigma
+from ..rba_core.native import LAYERS, MLP, inpainting, noise_sigma
 from .alignment import SEED_MAX, noise_level_input, none_below_zero
 from .api import io
 from .loading import FOLDER
-from .types import CATEGORY, Attention, Model, Reference, RefineByAlignModel, delivered, encoded, image_of, masks, pictures, together
-
-NATIVE = f"{CATEGORY}/native models"
+from .native_call import looked_into
+from .types import NATIVE, Attention, Model, Reference, RefineByAlignModel, delivered, encoded, image_of, masks, pictures, together
 
 
 def encoder_files() -> dict[str, Path]:
@@ -49,6 +47,8 @@ class LoadReferenceEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, encoder_name) -> io.NodeOutput:
+        from ..rba_core.conversion import ReferenceEncoder  # as in Load Refine-by-Align Model
+
         load_device, offload_device = model_management.get_torch_device(), model_management.unet_offload_device()
         encoder = ReferenceEncoder.load(encoder_files()[encoder_name])
         parameters = sum(weight.numel() for weight in encoder.parameters())
@@ -184,34 +184,12 @@ def check_unet(model: ModelPatcher) -> None:
         raise InputError("model", f"takes {channels} input channels, of which ComfyUI fills 4 or 9", "use Align and Refine Crop with the model folder")
 
 
-class Reached(Exception):
-    """Raised inside the U-Net when the wanted layer has been read, so that nothing after it runs."""
-
-    def __init__(self, attention: Tensor):
-        self.attention = attention
-
-
-class OneCall(samplers.Sampler):
-    """Instead of a sampling, one call of the U-Net at the first sigma."""
-
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
-        noisy = model_wrap.inner_model.model_sampling.noise_scaling(sigmas[0], noise, latent_image)
-        return model_wrap(noisy, sigmas[:1], **extra_args)
-
-
 def attend(model: ModelPatcher, condition: list, latents: Tensor, layer: int, sigma: Tensor, seed: int) -> Tensor:
-    """`[d², N²]`, as of the library's own `attend`. Through core's guider, which loads the model with its patches, wrappers and
-    hooks, and puts back whatever it changed, also after an exception; what is patched here goes with the clone."""
+    """`[d², N²]`, as of the library's own `attend`."""
 
     def read(queries: Tensor, keys: Tensor, _, options: dict) -> Tensor:
         raise Reached(mean_attention(queries, keys, options["n_heads"]))
 
     patcher = model.clone()
     patcher.set_model_attn2_replace(read, *LAYERS[layer], 0)
-    guider = samplers.CFGGuider(patcher)
-    guider.set_conds(condition, condition)
-    try:
-        guider.sample(noise_like(latents, seed), latents, OneCall(), torch.stack([sigma.cpu(), torch.zeros(())]), disable_pbar=True, seed=seed)
-    except Reached as reached:
-        return reached.attention
-    raise InputError("model", f"did not come to its cross-attention layer {layer}", "take off patches that skip or replace blocks of the U-Net")
+    return looked_into(patcher, condition, latents, sigma, lambda look, clean: look(clean, noise_like(clean, seed)), f"cross-attention layer {layer}")

@@ -18,7 +18,7 @@ from .alignment import (
 )
 from .api import io
 from .types import (
-    CATEGORY, BatchProgress, Model, Reference, boxes_in, boxes_out, collages, delivered, encoded, image_of, masks, model_crop, on_device, pictures, put_back, together,
+    CATEGORY, BatchProgress, Model, Reference, boxes_in, boxes_out, collages, delivered, encoded, image_of, masks, model_crop, object_masks, on_device, pictures, put_back, together,
 )
 
 
@@ -255,7 +255,7 @@ class RefineByAlign(io.ComfyNode):
         threshold, peak_support, flatness, register, min_confidence, strength, margin, alignment_context, context, feather, colour_match, dense, levels, aligner, reference_mask=None,
         more_references=None, more_reference_masks=None,
     ) -> io.NodeOutput:
-        reference_mask = torch.ones(reference.shape[:3]) if reference_mask is None else masks(reference_mask, reference, "reference mask", "reference")
+        reference_mask = object_masks(reference_mask, reference)
         batch = together(image=image, mask=masks(mask, image), reference=pictures(reference), reference_mask=reference_mask)
         more = list(pictures(more_references)) if more_references is not None else []
         more_masks = [None] * len(more)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..rba_core.bench.score import SCORES, described, mean, score
 from .api import io
 from .types import CATEGORY, masks, pictures, together
 
@@ -37,6 +36,8 @@ class Score(io.ComfyNode):
 
     @classmethod
     def execute(cls, refined, mask, truth=None, image=None, reference=None, reference_mask=None) -> io.NodeOutput:
+        from ..rba_core.bench.score import SCORES, described, mean, score  # with the judges' libraries, which take seconds
+
         def optional(batch):
             return [None] if batch is None else pictures(batch)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.utils
 import torch
@@ -19,14 +19,17 @@ from ..rba_core.errors import InputError
 from ..rba_core.geometry import Box
 from ..rba_core.imageio import to_bytes
 from ..rba_core.latent_preview import Preview
-from ..rba_core.model import RefineByAlign
 from ..rba_core.pipeline import check_mask
 from ..rba_core.reference_encoding import EncodedReference
 from ..rba_core.refinement import Progress
 from ..rba_core.zoom_crop import ZoomCrop
 from .api import io
 
+if TYPE_CHECKING:
+    from ..rba_core.model import RefineByAlign
+
 CATEGORY = "Refine by Align"
+NATIVE = f"{CATEGORY}/native models"
 
 Model = io.Custom("RBA_MODEL")
 """A `ModelPatcher` around a `RefineByAlignModel`."""
@@ -81,6 +84,11 @@ def masks(mask: Tensor, image: Tensor, name: str = "mask", owner: str = "image")
     for one in mask:
         check_mask(name, one, owner, image[0, ..., 0])
     return mask
+
+
+def object_masks(mask: Tensor | None, reference: Tensor) -> Tensor:
+    """The same of the object in the reference; no mask: the whole picture."""
+    return torch.ones(reference.shape[:3]) if mask is None else masks(mask, reference, "reference mask", "reference")
 
 
 def put_back(picture: Tensor, mask: Tensor, image: Tensor) -> Tensor:

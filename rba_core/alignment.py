@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from .errors import InputError
-from .model import RefineByAlign
 from .reference_encoding import EncodedReference, encode_reference
 from .zoom_crop import ZoomCrop
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import Attention
+
+    from .model import RefineByAlign
 
 SAMPLER_STEPS = 50
 """The paper counts t in steps of a 50-step DDIM sampler."""
@@ -45,9 +48,13 @@ class Reached(Exception):
 
 def probabilities(attn: Attention, args: tuple, kwargs: dict) -> Tensor:
     """A = softmax(q kᵀ / sqrt(d)) of a layer that is called with these arguments, mean over heads, `[d², N²]`."""
-    q = attn.head_to_batch_dim(attn.to_q(args[0] if args else kwargs["hidden_states"]))
-    k = attn.head_to_batch_dim(attn.to_k(kwargs["encoder_hidden_states"]))
-    return (q.float() @ k.float().mT * attn.scale).softmax(-1).mean(0)
+    return mean_attention(attn.to_q(args[0] if args else kwargs["hidden_states"]), attn.to_k(kwargs["encoder_hidden_states"]), attn.heads)
+
+
+def mean_attention(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
+    """The same of queries `[1, d², heads c]` and keys `[1, N², heads c]`."""
+    q, k = (part.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1).float() for part in (queries, keys))
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(0)
 
 
 def attention_at(unet: UNet2DConditionModel, layer: int, sample: Tensor, timestep: Tensor, context: Tensor, **residuals) -> Tensor:
@@ -84,11 +91,23 @@ def correspondence(attention: Tensor, mask: Tensor) -> Tensor:
     return summed.view(side, side).cpu()
 
 
+def check_noise(timestep: int, noise_level: float | None) -> None:
+    if noise_level is not None:
+        if not 0 <= noise_level <= 1:
+            raise InputError("noise level", f"is {noise_level:g}", "use 0 (the image as it is) to 1 (pure noise)")
+    elif not 0 <= timestep < SAMPLER_STEPS:
+        raise InputError("timestep", f"is {timestep}", f"use 0 (the noisiest) to {SAMPLER_STEPS - 1}")
+
+
+def noise_like(latents: Tensor, seed: int) -> Tensor:
+    """The noise that `attend` and `refine` draw for these latents."""
+    return torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
+
+
 def noised(model, crop: ZoomCrop, step: Tensor, seed: int) -> Tensor:
     """The U-Net's input while aligning: z_t of the crop with its artifact, and what it knows of the crop."""
     latents = model.encode_image(crop.image[None])
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
-    noisy = model.add_noise(latents, noise, step)
+    noisy = model.add_noise(latents, noise_like(latents, seed), step)
     return model.unet_input(noisy, model.inpainting_condition(crop.image[None], crop.mask[None, None], seen=crop.image[None]))
 
 

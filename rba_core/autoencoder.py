@@ -12,7 +12,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-RGB_TO_YCC = ((0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081))
+from .imageio import RGB_TO_YCC
 
 
 class BlockAutoencoder(ModelMixin, ConfigMixin):

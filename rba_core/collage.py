@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from .autoencoder import RGB_TO_YCC
 from .geometry import Box, resize, resize_mask
+from .imageio import RGB_TO_YCC
 from .postprocessing import MatchedRegion
 from .registration import blurred, carry_back, grid, nearness, register, shrunk, warped
 from .zoom_crop import ZoomCrop

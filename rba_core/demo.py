@@ -14,9 +14,8 @@ from .model import RefineByAlign
 from .overlay import outline, overlay
 from .pipeline import refine_by_align
 from .refinement import Progress
+from .shipped import SAMPLE
 from .zoom_crop import crop_box
-
-SAMPLE = Path(__file__).parent / "sample"
 
 
 def run(model: RefineByAlign, folder: Path, seed: int = 0, progress: Progress | None = None) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .geometry import Box
-from .model import RefineByAlign
 from .pipeline import Match, Settings, best_match, checked_references, grow
 from .postprocessing import MatchedRegion
 from .reference_encoding import encode_reference
 from .stitch import feather_inside
 from .zoom_crop import ZoomCrop, crop_box, crop_for, zoom_crop
+
+if TYPE_CHECKING:
+    from .model import RefineByAlign
 
 
 def find_match(

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from .alignment import Reached
 from .errors import InputError
 from .geometry import resize
-from .model import RefineByAlign
 from .reference_encoding import EncodedReference, segment
 from .refinement import Progress
 from .zoom_crop import ZoomCrop
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+    from .model import RefineByAlign
 
 Features = Callable[[Tensor, int], Tensor]
 """A square picture `[3, S, S]` in [0, 1], of any size, and which of the two it is, `CROP` or `REFERENCE` -> its features, `[C, N, N]`."""

@@ -16,6 +16,7 @@ from .errors import InputError
 LOSSLESS = {".png": {}, ".webp": {"lossless": True, "exact": True}, ".tif": {}, ".tiff": {}, ".bmp": {}}
 LARGEST = 16384
 """Pixels a side; beyond it a picture and its float copies would need tens of gigabytes."""
+RGB_TO_YCC = ((0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081))
 
 
 @dataclass(frozen=True)

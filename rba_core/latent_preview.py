@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import TYPE_CHECKING, Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .model import RefineByAlign
+if TYPE_CHECKING:
+    from .model import RefineByAlign
+
 
 Preview = Callable[[Tensor], None]
 """Called in each step, before its progress, with a picture `[3, h, w]` in [0, 1], a pixel a latent."""

@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersModel
 from transformers.utils import logging as transformers_logging
 
+from .alignment import SAMPLER_STEPS, check_noise
 from .autoencoder import BlockAutoencoder
-from .detail_encoder import DetailEncoder, make_hint
+from .detail_encoder import DetailEncoder
+from .detail_map import make_hint
 from .errors import InputError
+from .shipped import PRETRAINED
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "BlockAutoencoder": BlockAutoencoder}
 ENCODERS = {"dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel}
 CONFIGS = Path(__file__).parent / "configs"
-PRETRAINED = Path(__file__).parent / "pretrained"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -358,15 +360,10 @@ class RefineByAlign(nn.Module):
     def noise_step(self, timestep: int, noise_level: float | None = None) -> Tensor:
         """The training step `[1]` of t (of 50 sampler steps, 0 = the noisiest), or nearest to a noise level
         sqrt(1 - alpha_bar) in 0 to 1."""
-        from .alignment import SAMPLER_STEPS
-
+        check_noise(timestep, noise_level)
         if noise_level is not None:
-            if not 0 <= noise_level <= 1:
-                raise InputError("noise level", f"is {noise_level:g}", "use 0 (the image as it is) to 1 (pure noise)")
             levels = (1 - self.scheduler.alphas_cumprod).sqrt()
             return (levels - noise_level).abs().argmin()[None]
-        if not 0 <= timestep < SAMPLER_STEPS:
-            raise InputError("timestep", f"is {timestep}", f"use 0 (the noisiest) to {SAMPLER_STEPS - 1}")
         sampler = DDIMScheduler.from_config(self.scheduler.config)
         sampler.set_timesteps(SAMPLER_STEPS)
         return sampler.timesteps[timestep][None]
@@ -418,12 +415,13 @@ class RefineByAlign(nn.Module):
             known = {f.name for f in fields(ModelConfig)}
             if unknown := set(settings) - known:
                 raise InputError("model", f"{folder / 'config.json'} has unknown keys {sorted(unknown)}", "use a folder written by this version or a newer pack")
+            config = ModelConfig(**settings)
             autoencoder = AUTOENCODERS[json.loads((folder / "vae" / "config.json").read_text())["_class_name"]]
             encoder = ENCODERS[json.loads((folder / "encoder" / "config.json").read_text())["model_type"]]
-            kinds = {"vae": autoencoder, "unet": UNet2DConditionModel, "encoder": encoder} | ({"detail_encoder": DetailEncoder} if settings.get("detail_encoder") else {})
+            kinds = {"vae": autoencoder, "unet": UNet2DConditionModel, "encoder": encoder} | ({"detail_encoder": DetailEncoder} if config.detail_encoder else {})
             with quiet():
                 parts = {name: read_part(kind, folder / name).to(part_device, dtype) for name, kind in kinds.items()}
-            model = cls(ModelConfig(**settings), scheduler=DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True), **parts)
+            model = cls(config, scheduler=DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True), **parts)
             own = load_file(folder / "projector.safetensors")
             if mismatch := set(own) ^ set(model._own_state()):
                 raise InputError("model", f"{folder / 'projector.safetensors'} has other keys ({sorted(mismatch)[0]} …)", "use the projector saved with this model")

@@ -6,13 +6,13 @@ same sqrt(alpha_bar) z + sqrt(1 - alpha_bar) noise that `RefineByAlign.add_noise
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .alignment import SAMPLER_STEPS
-from .errors import InputError
+from .alignment import SAMPLER_STEPS, check_noise
 
+MLP, DINOV2 = ".mlp.safetensors", ".dinov2.safetensors"
+"""How the names of what lies beside a checkpoint go on, in the place of .safetensors."""
 TRAINING_STEPS = 1000
 LAYERS = [
     *(("input", block) for block in (1, 2, 4, 5, 7, 8)),
@@ -29,19 +29,11 @@ def noise_sigma(sigmas: Tensor, timestep: int = 0, noise_level: float | None = N
     timestep      t, of 50 sampler steps, 0 = the noisiest, spaced as Stable Diffusion's own schedule: training steps 981, 961, …, 1
     noise_level   instead of t: sqrt(1 - alpha_bar), 0 to 1
     """
+    check_noise(timestep, noise_level)
     if noise_level is not None:
-        if not 0 <= noise_level <= 1:
-            raise InputError("noise level", f"is {noise_level:g}", "use 0 (the image as it is) to 1 (pure noise)")
         return sigmas[(sigmas / (1 + sigmas**2).sqrt() - noise_level).abs().argmin()]
-    if not 0 <= timestep < SAMPLER_STEPS:
-        raise InputError("timestep", f"is {timestep}", f"use 0 (the noisiest) to {SAMPLER_STEPS - 1}")
     step = (SAMPLER_STEPS - 1 - timestep) * (TRAINING_STEPS // SAMPLER_STEPS) + 1
     return sigmas[step * len(sigmas) // TRAINING_STEPS]
-
-
-def noise_like(latents: Tensor, seed: int) -> Tensor:
-    """The noise that `attend` and `refine` draw for these latents."""
-    return torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
 
 
 def inpainting(pictures: Tensor, masks: Tensor, stride: int = 8) -> tuple[Tensor, Tensor]:
@@ -49,9 +41,3 @@ def inpainting(pictures: Tensor, masks: Tensor, stride: int = 8) -> tuple[Tensor
     masks `[B, S, S]`, still to be encoded, and of the latents those that a mask touches, `[B, 1, S / stride, S / stride]` in {0, 1}."""
     masks = masks[:, None]
     return pictures * (1 - masks) + 0.5 * masks, F.max_pool2d(masks, stride)
-
-
-def mean_attention(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
-    """A = softmax(q kᵀ / sqrt(c)), mean over heads (Eq. 4): `[1, d², heads c]` and `[1, N², heads c]` -> `[d², N²]`."""
-    queries, keys = (part.unflatten(-1, (heads, -1)).transpose(1, 2).float() for part in (queries, keys))
-    return (queries @ keys.mT * queries.shape[-1] ** -0.5).softmax(-1).mean((0, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from scipy import ndimage
@@ -16,13 +17,15 @@ from .errors import InputError
 from .feature_alignment import model_aligner
 from .geometry import Box
 from .latent_preview import Preview
-from .model import RefineByAlign
 from .postprocessing import CleaningSettings, MatchedRegion, clean
 from .reference_encoding import EncodedReference, encode_reference
 from .refinement import Progress, default_strength, refine
 from .registration import carry_back
 from .stitch import stitch
-from .zoom_crop import ZoomCrop, separate, zoom_crop
+from .zoom_crop import ZoomCrop, crop_for, separate
+
+if TYPE_CHECKING:
+    from .model import RefineByAlign
 
 MIN_AGREEMENT = 0.02
 """Of the cells, for their map to be believed; below, Eq. 5 decides."""
@@ -146,7 +149,7 @@ def refine_by_align(
     artifacts = [mask] if settings.one_crop else separate(mask)
     result, matches = image, []
     for index, artifact in enumerate(artifacts):
-        crop = zoom_crop(result, artifact, model.config.image_size, context=model.config.context if settings.context is None else settings.context, multiple=model.stride)
+        crop = crop_for(model, result, artifact, model.config.context if settings.context is None else settings.context)
         told = progress and (lambda done, total, index=index: progress(index * total + done, len(artifacts) * total))
         with model.reusing_latents():
             match = best_match(model, result, artifact, crop, references, wholes, settings, seed)
@@ -205,7 +208,7 @@ def find_region(
     """
     context = model.config.alignment_context if settings.alignment_context is None else settings.alignment_context
     aligner, region = aligner_of(model, settings, seed), None
-    crop = zoom_crop(image, mask, model.config.image_size, context=context, multiple=model.stride)
+    crop = crop_for(model, image, mask, context)
     seen = whole if settings.aligner == "attention" else aligner.encode(reference, whole.mask)
     for level in range(settings.levels if settings.dense else 1):
         if level:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .detail_encoder import high_frequency_map
+from .detail_map import high_frequency_map
 from .geometry import Box, resize, resize_mask
 
 

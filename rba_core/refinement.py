@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Callable
+from typing import TYPE_CHECKING, Callable
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,26 +14,31 @@ from .collage import Collage
 from .errors import InputError
 from .geometry import resize, resize_mask
 from .latent_preview import LatentPreview, Preview
-from .model import RefineByAlign
 from .reference_encoding import EncodedReference
 from .zoom_crop import ZoomCrop
 
+if TYPE_CHECKING:
+    from .model import RefineByAlign
+
 SCHEDULERS = {
-    "ddim": diffusers.DDIMScheduler,
-    "ddpm": diffusers.DDPMScheduler,
-    "dpm++": diffusers.DPMSolverMultistepScheduler,
-    "unipc": diffusers.UniPCMultistepScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
 }
+"""By their names in diffusers."""
 
 Progress = Callable[[int, int], None]
 """Called after each step with (steps done, steps in all). Raising from it cancels."""
 
 
 def make_scheduler(model, name: str):
+    import diffusers  # not at the top: ComfyUI reads SCHEDULERS when it starts
+
     if name not in SCHEDULERS:
         raise InputError("scheduler", f"{name!r} is not known", f"use one of {', '.join(SCHEDULERS)}")
-    return SCHEDULERS[name].from_config(model.scheduler.config)
+    return getattr(diffusers, SCHEDULERS[name]).from_config(model.scheduler.config)
 
 
 def default_strength(model: RefineByAlign, confidence: float) -> float:

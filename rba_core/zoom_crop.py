@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from .errors import InputError
 from .geometry import Box, resize, resize_mask
-from .model import RefineByAlign
+
+if TYPE_CHECKING:
+    from .model import RefineByAlign
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,6 @@ def test_the_map_equals_a_full_pass_over_all_queries_weighted_by_the_mask(model,
 def test_layer_9_of_an_8_by_8_latent_has_2_by_2_queries(model, inputs):
     """Sides 8, 8, 4, 4, 2, 2, middle 1, then 2, 4, 8: SD's 64 to 8 at this model's size."""
     _, sample, timestep, context = inputs
-    whole = torch.ones(64, 64)
     with torch.no_grad():
         queries = [len(attention_at(model.unet, layer, sample, timestep, context)) for layer in range(16)]
     assert queries == [64, 64, 16, 16, 4, 4, 1, 4, 4, 4, 16, 16, 16, 64, 64, 64]

@@ -9,7 +9,7 @@ from pictures import texture
 
 from rba_core.alignment import attend, attention_at, noised, over_patches
 from rba_core.bench.grid_search import attend_everywhere
-from rba_core.detail_encoder import high_frequency_map, make_hint
+from rba_core.detail_map import high_frequency_map, make_hint
 from rba_core.errors import InputError
 from rba_core.pipeline import Settings, refine_by_align
 from rba_core.reference_encoding import encode_reference

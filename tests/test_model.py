@@ -279,7 +279,7 @@ def test_settings_left_out_take_their_defaults(copied):
 
 
 def test_an_unknown_config_is_refused():
-    with pytest.raises(InputError, match="model config: 'sdxl' is not known; use one of rba-tiny, sd1x"):
+    with pytest.raises(InputError, match="model config: 'sdxl' is not known; use one of anydoor, rba-tiny, sd1x"):
         RefineByAlign.from_config("sdxl")
 
 

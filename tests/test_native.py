@@ -2,9 +2,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from rba_core.alignment import cross_attentions, probabilities
+from rba_core.alignment import cross_attentions, noise_like
 from rba_core.conversion.stable_diffusion import UNET, unet_names
-from rba_core.native import LAYERS, inpainting, mean_attention, noise_like, noise_sigma
+from rba_core.native import LAYERS, inpainting, noise_sigma
 
 
 def test_layers_are_ours_under_their_names_in_ldm(model):
@@ -46,11 +46,3 @@ def test_inpainting_is_the_model_s_condition(model, scene):
     picture, mask = scene.image[None, :, :64, :64], scene.mask[None, :64, :64]
     blanked, redrawn = inpainting(picture, mask)
     torch.testing.assert_close(torch.cat([redrawn, model.encode_image(blanked)], 1), model.inpainting_condition(picture, mask[:, None]))
-
-
-@torch.no_grad()
-def test_mean_attention_is_the_layer_s(model):
-    layer, cells, tokens = cross_attentions(model.unet)[9], torch.randn(1, 4, 32), torch.randn(1, 256, 32)
-    expected = probabilities(layer, (cells,), {"encoder_hidden_states": tokens})
-    torch.testing.assert_close(mean_attention(layer.to_q(cells), layer.to_k(tokens), layer.heads), expected)
-    assert expected.std() > 1e-3

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler
 
 from rba_core.collage import Collage
 from rba_core.errors import InputError
@@ -119,8 +120,8 @@ def test_guidance_goes_from_the_dropped_prediction_through_the_guided_one(make_m
         predictions.append(prediction)
         return usual(scheduler, prediction, *args, **kwargs)
 
-    usual = SCHEDULERS["ddim"].step
-    monkeypatch.setattr(SCHEDULERS["ddim"], "step", step)
+    usual = DDIMScheduler.step
+    monkeypatch.setattr(DDIMScheduler, "step", step)
     monkeypatch.setattr(model.unet, "forward", unet)
     refine(model, crop, reference, guidance=2.5, steps=2)
     assert all((prediction == 2.5).all() and prediction.shape == (1, 4, 8, 8) for prediction in predictions)

@@ -117,8 +117,8 @@ def draw(results: dict, folder: Path) -> None:
 
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for place, (name, gamma) in enumerate(gammas.items()):
-        left.bar(np.array(layers) + 0.4 * place - 0.2, gamma.mean(0), width=0.4, label=name)
+    for offset, (name, gamma) in enumerate(gammas.items()):
+        left.bar(np.array(layers) + 0.4 * offset - 0.2, gamma.mean(0), width=0.4, label=name)
         right.plot(timesteps, gamma[:, best["layer"]], "o-", markersize=3, label=f"{name}, layer {best['layer']}")
     left.set(xlabel="cross-attention layer l", ylabel="mean IoU, mean over t", xticks=layers)
     left.tick_params(axis="x", labelsize=8)

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_iter
 from ..alignment import attend
 from ..model import RefineByAlign
 from ..reference_encoding import encode_reference
-from ..refinement import refine
 from ..zoom_crop import crop_for
 from .speed import SIZES, Case, Clock, build, sample_scene, timed, versions
 

@@ -11,11 +11,10 @@ from transformers import Dinov2Model
 
 from ..errors import InputError
 from ..model import ModelConfig, RefineByAlign
+from ..native import DINOV2, MLP
 from .dinov2 import read_dinov2
 from .stable_diffusion import read_mlp
 from .weights import check_layout
-
-MLP, DINOV2 = ".mlp.safetensors", ".dinov2.safetensors"
 
 
 class ReferenceEncoder(RefineByAlign):
@@ -27,11 +26,7 @@ class ReferenceEncoder(RefineByAlign):
     def __init__(self, config: ModelConfig, encoder: Dinov2Model, projector: nn.Module, scheduler: DDIMScheduler):
         nn.Module.__init__(self)
         self.config, self.encoder, self.projector, self.scheduler = config, encoder, projector, scheduler
-        self.stem = self.context_projector = self.context_adapter = None
-
-    @property
-    def device(self) -> torch.device:
-        return self.projector[1].weight.device
+        self.stem = self.context_projector = self.context_adapter = self.detail_encoder = self.known_latents = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,6 +37,9 @@ class ReferenceEncoder(RefineByAlign):
         raise InputError("model", "is a reference encoder alone, without a U-Net", "load the whole model, or use the nodes for native models")
 
     vae = unet
+
+    def spare_memory(self, spare: bool = True) -> None:
+        """It neither guides nor decodes, and has nothing to spare."""
 
     @classmethod
     def load(cls, mlp: str | Path, dinov2: str | Path | None = None) -> ReferenceEncoder:

@@ -17,6 +17,8 @@ from .outcome import Method, Outcome
 from .paint_by_example import PaintByExample
 from .sd_inpainting import StableDiffusionInpainting
 
+__all__ = ["METHODS", "NEED_MODEL", "NEED_WEIGHTS", "Method", "Outcome", "load_methods"]
+
 METHODS: dict[str, Method] = {
     "detail": detail, "unregistered": unregistered, "paper": paper, "oracle": oracle, "features": features.features, "single-stage": single_stage,
     "no-reference": no_reference, "none": telea.none, "telea": telea.telea, "sift-warp": sift_warp.sift_warp, "oracle-warp": oracle_warp.oracle_warp,
