@@ -299,7 +299,7 @@ def test_a_mask_painted_in_the_mask_editor_is_what_changes(page, server):
     page.load("quickstart", RBA_RefineByAlign={"seed": 0})
     page.ask("app.refreshComboInNodes()")
     page.ask(f"""(() => {{ const picture = LiteGraph.createNode('LoadImage'), node = {page.node("RBA_RefineByAlign")}; app.graph.add(picture);
-        picture.pos = [node.pos[0] - 800, node.pos[1] + 600]; const chosen = picture.widgets.find(w => w.name === 'image'); chosen.value = 'product.png'; chosen.callback('product.png');
+        picture.pos = [node.pos[0], node.pos[1] + 1500]; const chosen = picture.widgets.find(w => w.name === 'image'); chosen.value = 'product.png'; chosen.callback('product.png');
         for (const [slot, name] of [[0, 'image'], [1, 'mask']]) picture.connect(slot, node, node.inputs.findIndex(i => i.name === name)) }})()""")
     page.wait(f"{page.node('LoadImage')}.imgs?.[0]?.naturalWidth === 768")
     page.select("LoadImage")
