@@ -10,6 +10,7 @@ import checkpoints
 import hypothesis
 import pytest
 import torch
+from comfy_server import expected, prompt, sample, server  # noqa: F401 (fixtures)
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model

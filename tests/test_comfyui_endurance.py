@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+from comfy_server import SAMPLE, Server, assert_same, find_comfyui
 from PIL import Image
-from test_comfyui_end_to_end import SAMPLE, Server, assert_same, expected, find_comfyui, prompt, sample  # noqa: F401  fixtures among them
 
 RUNS = int(os.environ.get("RBA_ENDURANCE", 6))
 WARM_UP = 3

@@ -1,6 +1,6 @@
 """What people do with the nodes, done in a real ComfyUI's own frontend with mouse and keyboard, in a headless Chromium.
 
-Skipped where there is no ComfyUI (see test_comfyui_end_to_end.py), no frontend in its Python, or no Chromium on the PATH.
+Skipped where there is no ComfyUI (see comfy_server.py) or no Chromium on the PATH.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chromium import Chromium, find_chromium
+from comfy_server import SAMPLE, assert_same
 from PIL import Image
-from test_comfyui_end_to_end import SAMPLE, Server, assert_same, expected, find_comfyui, sample  # noqa: F401 (fixtures)
 
 WORKFLOWS = Path(__file__).parent.parent / "workflows"
 READY = "!!(window.app?.graph && window.LiteGraph && LiteGraph.registered_node_types.RBA_RefineByAlign && !document.querySelector('#splash-loader'))"
@@ -95,21 +95,10 @@ class Frontend(Chromium):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    comfyui = find_comfyui()
-    if comfyui is None:
-        pytest.skip("no ComfyUI found: set COMFYUI_PATH")
+def page(server, tmp_path_factory):
     if find_chromium() is None:
         pytest.skip("the frontend is tried in a Chromium or Chrome, and there is none on the PATH")
-    base = tmp_path_factory.mktemp("frontend") / "base"
-    server = Server(comfyui, base)
     server.post("/settings", SETTINGS)
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def page(server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
     browser = Frontend(find_chromium(), folder / "profile", folder, (1600, 900))
     browser.start(server.url)
@@ -132,7 +121,7 @@ def test_the_template_opens_from_the_browser_of_templates(page):
     assert page.ask("app.graph.nodes.every(n => n.type in LiteGraph.registered_node_types && !n.has_errors)")
 
 
-def test_the_run_button_gives_the_library_s_picture(page, server, expected):  # noqa: F811
+def test_the_run_button_gives_the_library_s_picture(page, server, expected):
     page.load("quickstart")
     ran = page.run()
     assert ran.index("RBA_RefineByAlign") < ran.index("SaveImage")
@@ -157,7 +146,7 @@ def test_a_changed_widget_runs_what_hangs_on_it(page):
     assert "RBA_RefineByAlign" in ran and "SaveImage" in ran and "RBA_Sample" not in ran and "RBA_LoadModel" not in ran
 
 
-def test_cancel_stops_a_long_run_and_the_next_one_is_right(page, server, expected):  # noqa: F811
+def test_cancel_stops_a_long_run_and_the_next_one_is_right(page, server, expected):
     page.load("quickstart", RBA_RefineByAlign={"seed": 1, "steps": 1000})
     page.press_run()
     page.wait(f"seen.some(([kind, node]) => kind === 'executing' && node == {page.node('RBA_RefineByAlign')}.id)", 60)
@@ -233,7 +222,7 @@ def test_a_bypassed_node_lets_the_image_through(page, server):
     assert (saved(server) == np.asarray(Image.open(SAMPLE / "image.png").convert("RGB"))).all()
 
 
-def test_a_node_collapses_and_runs(page, server, expected):  # noqa: F811
+def test_a_node_collapses_and_runs(page, server, expected):
     page.load("quickstart", RBA_RefineByAlign={"seed": 1})
     page.select("RBA_RefineByAlign")
     page.press("c", "Alt")
@@ -242,7 +231,7 @@ def test_a_node_collapses_and_runs(page, server, expected):  # noqa: F811
     assert_same(saved(server), expected(1))
 
 
-def test_a_node_becomes_a_subgraph_that_runs_and_unpacks(page, server, expected):  # noqa: F811
+def test_a_node_becomes_a_subgraph_that_runs_and_unpacks(page, server, expected):
     page.load("quickstart", RBA_RefineByAlign={"seed": 0})
     page.select("RBA_RefineByAlign")
     page.wait("!!document.querySelector('[data-testid=convert-to-subgraph-button]')")
@@ -350,7 +339,7 @@ def test_the_viewer_shows_where_the_model_looks(page):
     page.wait(f"{reference}.toDataURL().length === {len(plain)}")
 
 
-def test_the_blueprint_drops_in_runs_and_opens(page, server, expected):  # noqa: F811
+def test_the_blueprint_drops_in_runs_and_opens(page, server, expected):
     page.load("quickstart")
     page.ask(f"app.graph.remove({page.node('RBA_RefineByAlign')}); app.canvas.ds.offset[0] -= 3000; app.canvas.draw(true, true)")
     for count in (1, 2):
@@ -386,7 +375,7 @@ def test_a_saved_picture_dropped_on_the_canvas_brings_its_graph(page, server):
     page.wait(f"{page.widget('RBA_RefineByAlign', 'seed')}?.value === 123")
 
 
-def test_nodes_2_0_run_and_fold_what_is_advanced(page, server, expected):  # noqa: F811
+def test_nodes_2_0_run_and_fold_what_is_advanced(page, server, expected):
     page.ask("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', true)")
     try:
         page.load("quickstart", RBA_RefineByAlign={"seed": 1})

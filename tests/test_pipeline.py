@@ -71,7 +71,7 @@ def test_one_region_an_artifact_on_the_object_and_at_the_references_size(model, 
 
 def test_the_steps_come_in_their_order(model, scene, monkeypatch):
     ran = []
-    of_pipeline = "check_inputs", "encode_reference", "place", "correspondence", "clean", "register", "zoom_crop", "refine", "stitch"
+    of_pipeline = "check_inputs", "encode_reference", "place", "correspondence", "clean", "register", "crop_for", "refine", "stitch"
     for module, name in [*((pipeline, name) for name in of_pipeline), (alignment, "encode_reference"), (alignment, "attend")]:
         usual = getattr(module, name)
 
@@ -80,7 +80,7 @@ def test_the_steps_come_in_their_order(model, scene, monkeypatch):
             return usual(*args, **kwargs)
 
         monkeypatch.setattr(module, name, spy)
-    start, end = ["check_inputs", "encode_reference", "zoom_crop", "zoom_crop"], ["register", "encode_reference", "refine", "stitch"]
+    start, end = ["check_inputs", "encode_reference", "crop_for", "crop_for"], ["register", "encode_reference", "refine", "stitch"]
     run(model, scene, dense=False, levels=1)
     assert ran == [*start, "attend", "correspondence", "clean", *end]
     ran.clear()
@@ -89,7 +89,7 @@ def test_the_steps_come_in_their_order(model, scene, monkeypatch):
     assert [name for name in ran if name not in ("correspondence", "clean")] == [*start, "attend", "place", "encode_reference", "attend", "place", *end]
     ran.clear()
     run(model, scene, single_stage=True)
-    assert ran == ["check_inputs", "encode_reference", "zoom_crop", "refine", "stitch"]
+    assert ran == ["check_inputs", "encode_reference", "crop_for", "refine", "stitch"]
 
 
 def spy_on_refine(monkeypatch) -> list:
@@ -194,13 +194,13 @@ def test_settings_reach_their_steps(model, scene, monkeypatch):
 
 def test_the_two_crops_have_their_own_contexts(model, scene, monkeypatch):
     boxes = []
-    usual = pipeline.zoom_crop
+    usual = pipeline.crop_for
 
     def spy(*args, **kwargs):
         boxes.append(usual(*args, **kwargs).box.width)
         return usual(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "zoom_crop", spy)
+    monkeypatch.setattr(pipeline, "crop_for", spy)
     monkeypatch.setattr(pipeline, "DISPROVED", 0.0)
     run(model, scene)  # the mask is 29 wide: 2 times for refinement, 3 times for alignment, in eights
     run(model, scene, alignment_context=1.0, context=1.5)

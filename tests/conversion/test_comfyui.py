@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from test_comfyui_end_to_end import PACK, find_comfyui, find_python
+from comfy_server import PACK, find_comfyui, find_python
 
 from rba_core.alignment import attend, cross_attentions
 from rba_core.conversion import export_ldm, import_anydoor, import_sd15

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_comfyui_end_to_end import PACK, find_comfyui, find_python
+from comfy_server import PACK, find_comfyui, find_python
 
 SCRIPT = '''
 import importlib.util, json, sys
