@@ -278,6 +278,7 @@ def test_a_search_in_a_person_s_words_finds_the_node(page):
         title = page.ask(f"LiteGraph.registered_node_types.{kind}.title")
         option = f"[...document.querySelectorAll('[role=option]')].find(e => e.innerText.trim().startsWith({json.dumps(title)}))"
         page.wait(f"!!{option}")
+    time.sleep(0.7)  # while one types, what is found moves
     page.click_at(*page.ask(f"(({{x, y, width, height}}) => [x + width / 4, y + height / 2])({option}.getBoundingClientRect())"))
     page.wait(f"!!{page.node(kind)}")
     page.put_down(900, 500)
@@ -349,6 +350,7 @@ def test_the_blueprint_drops_in_runs_and_opens(page, server, expected):
     page.write("refine by align")
     option = "[...document.querySelectorAll('[role=option]')].find(e => /^Refine by Align\\s+Blueprint/.test(e.innerText.trim()))"
     page.wait(f"!!{option}")
+    time.sleep(0.7)  # while one types, what is found moves
     page.click_at(*page.ask(f"(({{x, y, width, height}}) => [x + width / 4, y + height / 2])({option}.getBoundingClientRect())"))
     page.wait("app.graph.nodes.some(n => n.isSubgraphNode?.())")
     page.put_down(700, 300)
