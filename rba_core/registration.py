@@ -2,7 +2,8 @@
 
 Attention says roughly where, how large and how turned. What surrounds the mask is right in both pictures, so the rest
 is settled there: a search by normalised cross-correlation, Gauss-Newton on an affine map from coarse to fine, and then
-on the quadratic one that perspective and curved surfaces need. What lies under the mask has no say.
+the simplest of MODELS that explains the surround: perspective and curved surfaces need a richer one than a flat print
+seen from the front. What lies under the mask has no say.
 """
 
 from __future__ import annotations
@@ -34,26 +35,32 @@ synthetic validation split."""
 LOOSER = 2.0
 """How much more M* may err where no map came with it."""
 CURVATURE = 1e-3
-"""Stiffness of the quadratic terms, in shares of what the pixels say of the affine ones."""
+"""Stiffness of the terms beyond the affine ones, in shares of what the pixels say of those."""
+MODELS = {"similarity": 1, "affine": 1, "homography": 2, "quadratic": 2, "cubic": 3}
+"""From simple to rich, with their degrees."""
+DEGREES = {3: 1, 6: 2, 10: 3}
+"""Of a warp, by its number of terms."""
+EXPLAINS = 0.02
+"""A richer model must explain this share of what the simpler one leaves unexplained: of what local correlation lacks to 1."""
 DETAIL, ATTENTION = 1.3, 0.2
 """What local correlation and attention count against 1 for the correlation, where candidates compete."""
 WINDOW, FAINT = 11, 3e-4
 """Of the local correlation: side in pixels of FINE, and the variance below which a window is flat."""
 UNLIKE = 0.25, 0.3
 """Apart from the best candidate by this shift, in half sides, or log scale, another one is a rival."""
-CALIBRATION = (6.1, 5.37, 1.14, 9.36, -4.13), -13.89
+CALIBRATION = (6.28, 13.15, 1.97, 9.02, -5.87), -16.71
 """Log-odds that a registration is right: what each of `Registration.evidence` counts, and the constant. A logistic regression
-(`rba bench calibrate --limit 72`) over two sets of the validation split, seeds 5 and 7, the second with photos for textures and
-light 1.5; right references and ones made to fail, as they are and taken anew: other light, softer, grainier, bent."""
+(`rba bench calibrate --limit 18`) over two sets of the validation split, seeds 5 and 7, the second with photos for textures and
+light 1.5; right references and ones made to fail, as they are and taken anew twice: other light, softer, grainier, bent."""
 UNKNOWN = 1.2
 """For the attention's evidence where it was not asked."""
 
 
 @dataclass(frozen=True)
 class Registration:
-    """warp         `[2, K]`: (x, y) in [-1, 1] over the crop -> pixels of the reference, over `polynomials`
+    """warp         `[2, K]`, K = 3, 6 or 10: (x, y) in [-1, 1] over the crop -> pixels of the reference, over `polynomials`
     agreement    `[FINE, FINE]`, local correlation of crop and reference, 0 to 1; under the mask that of its surround
-    evidence     correlation, local correlation, attention there, lead over the best rival, lead of the mirrored reference
+    evidence     correlation, mean agreement of the surround, attention there, lead over the best rival, lead of the mirrored reference
     confidence   that it is right, 0 to 1
     """
 
@@ -98,31 +105,49 @@ def register(
         warps = warps[score.topk(min(kept, len(score))).indices]
     seen = view(FINE)
     warps, _ = seen.fit(warps, 1, 8, 0.1)
-    warps, score = seen.fit(warps, 2, 10, 0.07)
-    best = int(total(seen, warps, score).argmax())
-    warp, correlation = warps[best : best + 1], float(score[best])
+    bent, score = seen.fit(warps, 2, 10, 0.07)
+    best = int(total(seen, bent, score).argmax())
+    model, warp, correlation = _simplest(seen, warps[best : best + 1], bent[best : best + 1])
     if picture.shape[-1] > FINE:
-        warp, _ = view(min(FINEST, picture.shape[-1])).fit(warp, 2, 6, 0.07)
-    local, agreement = seen.local_correlation(warp)
+        warp, _ = view(min(FINEST, picture.shape[-1])).fit(warp, MODELS[model], 6, 0.07, _freedom(model, warp[0]))
+    _, agreement = seen.local_correlation(warp)
+    agreeing = float((agreement[0] * seen.near).sum() / seen.near.sum())  # where nothing shows, or is to be compared, nothing agrees
     support = (0.0 if disagreed else UNKNOWN) if placement is None else float(attention_at(placement, box, warp)[0])
-    evidence = correlation, float(local[0]), support, min(lead, 0.3), _mirrored_lead(view, warp[..., :3], start)
+    evidence = correlation, agreeing, support, min(lead, 0.3), _mirrored_lead(view, warp[..., :3], start)
     weights, constant = CALIBRATION
     log_odds = constant + sum(weight * value for weight, value in zip(weights, evidence))
     return Registration(warp[0], seen.carried_under_the_mask(agreement[0]), evidence, 1 / (1 + math.exp(-log_odds)))
 
 
 def polynomials(points: Tensor, degree: int) -> Tensor:
-    """Products of Legendre polynomials of (x, y), `[..., 2]` -> `[..., K]`: x, y, 1 and for degree 2 those of x², xy, y²."""
+    """Products of Legendre polynomials of (x, y), `[..., 2]` -> `[..., K]`: x, y, 1, from degree 2 those of x², xy, y², for
+    degree 3 also of x³, x²y, xy², y³."""
     x, y = points.unbind(-1)
     terms = [x, y, torch.ones_like(x)]
-    if degree == 2:
-        terms += [(3 * x * x - 1) / 2, x * y, (3 * y * y - 1) / 2]
+    if degree > 1:
+        square_x, square_y = (3 * x * x - 1) / 2, (3 * y * y - 1) / 2
+        terms += [square_x, x * y, square_y]
+    if degree > 2:
+        terms += [(5 * x * x - 3) * x / 2, square_x * y, x * square_y, (5 * y * y - 3) * y / 2]
     return torch.stack(terms, -1)
+
+
+def slopes(points: Tensor, degree: int) -> tuple[Tensor, Tensor]:
+    """Of `polynomials` in x and in y, each `[..., K]`."""
+    x, y = points.unbind(-1)
+    one, nil = torch.ones_like(x), torch.zeros_like(x)
+    in_x, in_y = [one, nil, nil], [nil, one, nil]
+    if degree > 1:
+        in_x, in_y = in_x + [3 * x, y, nil], in_y + [nil, x, 3 * y]
+    if degree > 2:
+        square_x, square_y = (3 * x * x - 1) / 2, (3 * y * y - 1) / 2
+        in_x, in_y = in_x + [5 * square_x + 1, 3 * x * y, square_y, nil], in_y + [nil, square_x, 3 * x * y, 5 * square_y + 1]
+    return torch.stack(in_x, -1), torch.stack(in_y, -1)
 
 
 def warped(warp: Tensor, points: Tensor) -> Tensor:
     """Points `[..., 2]` of the crop in [-1, 1] -> pixels of the reference; of warps `[N, 2, K]`: `[N, ..., 2]`."""
-    basis = polynomials(points, 1 if warp.shape[-1] == 3 else 2)
+    basis = polynomials(points, DEGREES[warp.shape[-1]])
     return torch.einsum("...k,nik->n...i", basis, warp) if warp.ndim == 3 else basis @ warp.T
 
 
@@ -137,7 +162,8 @@ def carry_back(mask: Tensor, warp: Tensor, height: int, width: int) -> Tensor:
     """A crop's mask `[S, S]` as it lies on the reference, `[height, width]` in {0, 1}; the warp is inverted by Newton's method."""
     carried = torch.zeros(height, width)
     landed = warped(warp, grid(mask.shape[-1])[mask > 0.5])
-    half_pixel = (warp.abs() @ torch.tensor([1.0, 1.0, 0.0, 3.0, 1.0, 3.0])[: warp.shape[1]]) / mask.shape[-1]  # at most, by the slopes
+    steepest = torch.stack(slopes(torch.ones(2), DEGREES[warp.shape[1]])).amax(0)
+    half_pixel = warp.abs() @ steepest / mask.shape[-1]  # at most
     low, high = (landed.amin(0) - half_pixel).floor().long() - 2, (landed.amax(0) + half_pixel).ceil().long() + 2
     columns, rows = (torch.arange(extent)[max(0, int(a)) : max(0, int(b))] for a, b, extent in zip(low, high, (width, height)))
     if not len(columns) or not len(rows):
@@ -147,8 +173,7 @@ def carry_back(mask: Tensor, warp: Tensor, height: int, width: int) -> Tensor:
     if warp.shape[1] > 3:
         for _ in range(6):
             points = points.clamp(-2, 2)
-            x, y = points.unbind(-1)
-            a, b = (warp[:, i, None, None] + warp[:, 3 + 2 * i, None, None] * 3 * z + warp[:, 4, None, None] * other for i, z, other in ((0, x, y), (1, y, x)))
+            a, b = ((slope @ warp.T).movedim(-1, 0) for slope in slopes(points, DEGREES[warp.shape[1]]))
             determinant = a[0] * b[1] - a[1] * b[0]
             missing = wanted - warped(warp, points)
             step = torch.stack([b[1] * missing[..., 0] - b[0] * missing[..., 1], a[0] * missing[..., 1] - a[1] * missing[..., 0]], -1)
@@ -381,6 +406,34 @@ def _departure(warps: Tensor, start: Tensor, looser: float) -> Tensor:
     angle = torch.atan2(linear[:, 1, 0] - linear[:, 0, 1], linear[:, 0, 0] + linear[:, 1, 1])
     strayed = shift.square().sum(1) / SPREAD[0] ** 2 + (scale / SPREAD[1]) ** 2 + (angle / SPREAD[2]) ** 2
     return torch.log1p(strayed / looser**2)
+
+
+def _simplest(seen: View, affine: Tensor, quadratic: Tensor) -> tuple[str, Tensor, float]:
+    """The simplest of MODELS that explains the surround: its name, warp and score. The quadratic one `[1, 2, 6]` is
+    fitted already; the cubic one starts from it, the others from the affine one `[1, 2, 3]`."""
+    chosen, least = None, torch.inf
+    for model, degree in MODELS.items():
+        start = quadratic if model in ("quadratic", "cubic") else affine
+        freedom = _freedom(model, start[0])
+        if model == "similarity":
+            start = (start.flatten() @ torch.linalg.pinv(freedom).T @ freedom.T).view_as(start)
+        warp, score = seen.fit(start, degree, 0 if model == "quadratic" else 10, 0.07, freedom)
+        unexplained = 1 - float(seen.local_correlation(warp)[0])
+        if unexplained < (1 - EXPLAINS) * least:
+            chosen, least = (model, warp, float(score)), unexplained
+    return chosen
+
+
+def _freedom(model: str, warp: Tensor) -> Tensor | None:
+    """The ways in which a warp `[2, K]` may change, `[2 * K', F]`; `None`: at will. A homography is one to second order: it
+    maps p to Ap (1 - g · p), two terms more than an affine map."""
+    if model == "similarity":
+        return torch.tensor([[1.0, 0, 0, 0, 1, 0], [0, 1, 0, -1, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1]]).T
+    if model != "homography":
+        return None
+    nil, (a, b) = torch.zeros(2), warp[:, :2].T
+    tilts = [torch.stack([nil, nil, nil, 2 / 3 * a, b, nil], 1), torch.stack([nil, nil, nil, nil, a, 2 / 3 * b], 1)]
+    return torch.cat([torch.eye(12)[[0, 1, 2, 6, 7, 8]], torch.stack(tilts).flatten(1)]).T
 
 
 def _lead(warps: Tensor, score: Tensor, half_side: float) -> float:

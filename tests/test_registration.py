@@ -6,10 +6,12 @@ from pictures import REFERENCE, WHOLE, seen_through, texture
 
 from rba_core.dense_correspondence import Placement, centres
 from rba_core.geometry import Box
-from rba_core.registration import attention_at, carry_back, grid, nearness, polynomials, register, warped
+from rba_core.registration import attention_at, carry_back, grid, nearness, polynomials, register, slopes, warped
 
 TRUE = torch.tensor([[30.0, 4.0, 90.0], [-3.0, 28.0, 80.0]])
 BENT = torch.cat([TRUE, torch.tensor([[1.5, -1.0, 0.6], [-0.8, 1.2, 1.4]])], 1)
+WAVY = torch.cat([BENT, torch.tensor([[1.2, -0.8, 0.0, 1.0], [-0.9, 0.0, 1.1, 0.8]])], 1)
+SIMILAR = torch.tensor([[29.0, 4.0, 90.0], [-4.0, 29.0, 80.0]])
 
 
 def view(warp: torch.Tensor, size: int = 128) -> torch.Tensor:
@@ -39,11 +41,25 @@ ASTRAY = torch.tensor([[27.0, -2.0, 96.0], [4.0, 32.0, 75.0]])
 """As attention errs: a fifth of the crop's half side, 10 % of the scale, some degrees."""
 
 
-@pytest.mark.parametrize("true", [TRUE, BENT], ids=["affine", "bent"])
-def test_the_warp_is_found_to_a_hundredth_of_the_region(true):
+@pytest.mark.parametrize("true", [SIMILAR, TRUE, BENT, WAVY], ids=["similarity", "affine", "bent", "wavy"])
+def test_the_warp_is_found_to_a_hundredth_of_the_region_and_is_no_richer_than_need_be(true):
     found = register(damaged(true), hole(), REFERENCE, WHOLE, ASTRAY)
-    assert found.warp.shape == (2, 6)
+    assert found.warp.shape == true.shape
     assert error(found.warp, true) < 0.01 < error(ASTRAY, true)
+
+
+def test_of_a_picture_seen_aslant_the_homography_is_found():
+    """Perspective has two parameters more than an affine map."""
+    points, tilt = grid(128), torch.tensor([0.06, -0.04])
+    places = (warped(TRUE, points) - TRUE[:, 2]) / (1 + points @ tilt)[..., None] + TRUE[:, 2]
+    frame = torch.tensor([REFERENCE.shape[2], REFERENCE.shape[1]])
+    shown = torch.nn.functional.grid_sample(REFERENCE[None], (places / frame * 2 - 1)[None], align_corners=False)[0]
+    found = register(shown, hole(), REFERENCE, WHOLE, ASTRAY)
+    inside = hole() > 0.5
+    assert found.warp.shape == (2, 6) and (warped(found.warp, points) - places)[inside].norm(dim=-1).mean() < 0.3
+    a, b = found.warp[:, 0], found.warp[:, 1]
+    g, h = (float(-1.5 * column @ found.warp[:, k] / (column @ column)) for column, k in ((a, 3), (b, 5)))
+    assert torch.allclose(found.warp[:, 4], -(h * a + g * b), atol=0.02) and (g, h) == pytest.approx(tilt.tolist(), abs=0.02)
 
 
 def test_what_lies_under_the_mask_has_no_say():
@@ -123,6 +139,21 @@ def test_the_region_is_the_inverse_of_the_warp():
     assert (affine - carry_back(mask, torch.cat([TRUE, torch.zeros(2, 3)], 1), 160, 180)).abs().sum() == 0
 
 
+def test_a_cubic_warp_is_inverted_too():
+    region, expected = carry_back(hole(), WAVY, 160, 180), torch.zeros(160, 180)
+    under = torch.nn.functional.interpolate(hole()[None, None], (1024, 1024))[0, 0] > 0.5
+    column, row = warped(WAVY, grid(1024))[under].long().T
+    expected[row, column] = 1
+    assert (region * expected).sum() / torch.maximum(region, expected).sum() > 0.9
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_slopes_are_those_of_the_polynomials(degree):
+    points, step = grid(4).double(), torch.tensor([1e-5, 0.0]).double()
+    for slope, offset in zip(slopes(points, degree), (step, step.flip(0))):
+        assert torch.allclose(slope, (polynomials(points + offset, degree) - polynomials(points - offset, degree)) / 2e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("bent", [False, True])
 def test_on_a_much_larger_reference_the_region_is_whole(bent):
     """A pixel of the mask covers 20 x 20 of the reference: its outer half, too."""
@@ -138,7 +169,7 @@ def test_a_region_off_the_reference_is_empty():
 
 
 def test_polynomials_are_orthogonal_over_the_crop():
-    basis = polynomials(grid(400).double(), 2).flatten(0, 1)
+    basis = polynomials(grid(400).double(), 3).flatten(0, 1)
     product = basis.T @ basis / len(basis)
     assert (product - torch.diag(product.diagonal())).abs().max() < 1e-4
 

@@ -30,10 +30,9 @@ from .metrics import end_point_error
 RIGHT, WRONG = 0.12, 0.25
 """End-point errors up to which a registration counts as right, and from which as wrong; those between are left out."""
 BARS = (0.02, 0.05, 0.1, 0.2, 0.5)
-HARSHNESS = 1.0, 0.6
-"""Of what is done to the image and to the reference when they are taken anew."""
-BENT = 3.0
-"""How far, in pixels, the reference's product may be bent besides: products are not rigid."""
+TAKES = None, (1.0, 0.6, 3.0), (1.5, 1.2, 8.0)
+"""Of each item: as it is, and taken anew, twice: the harshness of what is done to the image and to the reference, and how far,
+in pixels, the reference's product may be bent besides: products are not rigid, and their parts lie at different depths."""
 
 
 def calibrate(sets: Sequence[str | Path], model: RefineByAlign, limit: int | None = None, seed: int = 0, progress: Progress | None = None) -> dict:
@@ -49,12 +48,12 @@ def calibrate(sets: Sequence[str | Path], model: RefineByAlign, limit: int | Non
     rows = []
     for done, (items, of, index) in enumerate(chosen, 1):
         own, other = with_another(items, of, index)
-        for anew in (False, True):
-            item = taken_anew(own, np.random.default_rng((seed, index))) if anew else own
+        for take, harshness in enumerate(TAKES):
+            item = taken_anew(own, np.random.default_rng((seed, index, take)), *harshness) if harshness else own
             for kind, failing in each_kind(item, other):
                 found = evidence(failing, model, seed)
                 if found is not None:
-                    rows.append({"id": item.id, "set": items.folder.name, "anew": anew, "kind": kind, "evidence": found[0], "error": found[1]})
+                    rows.append({"id": item.id, "set": items.folder.name, "take": take, "kind": kind, "evidence": found[0], "error": found[1]})
         if progress:
             progress(done, len(chosen))
     weights, constant = fit(rows)
@@ -96,12 +95,12 @@ def fit(rows: Sequence[dict]) -> tuple[list[float], float]:
     return weights.tolist(), float(found[-1] - weights @ middle)
 
 
-def taken_anew(item: Item, rng: np.random.Generator) -> Item:
-    """The item with both pictures in other light, softer and grainier, and the reference's product a little bent."""
-    image = torch.where(item.mask > 0.5, item.image, photographed(item.image, rng, HARSHNESS[0]))
-    layers = torch.cat([photographed(item.reference, rng, HARSHNESS[1]), item.object_mask[None]])
+def taken_anew(item: Item, rng: np.random.Generator, of_image: float, of_reference: float, bent_by: float) -> Item:
+    """The item with both pictures in other light, softer and grainier, and the reference's product a little bent, see `TAKES`."""
+    image = torch.where(item.mask > 0.5, item.image, photographed(item.image, rng, of_image))
+    layers = torch.cat([photographed(item.reference, rng, of_reference), item.object_mask[None]])
     _, height, width = layers.shape
-    shift = _cloud(rng, 6, height, width, 2) * rng.uniform(0, BENT)
+    shift = _cloud(rng, 6, height, width, 2) * rng.uniform(0, bent_by)
     rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     points = torch.stack([(columns + shift[0]) / width * 2 - 1, (rows + shift[1]) / height * 2 - 1], -1)
     bent = F.grid_sample(layers[None], points[None], align_corners=False, padding_mode="border")[0]

@@ -19,7 +19,7 @@ def test_calibrating_on_a_set(small_set, model):
     told = []
     fitted = bench.calibrate([small_set], model, progress=lambda done, total: told.append((done, total)))
     assert told == [(1, 2), (2, 2)]
-    assert len(fitted["rows"]) == 2 * 2 * len(KINDS) and {row["kind"] for row in fitted["rows"]} == set(KINDS)
+    assert len(fitted["rows"]) == 2 * len(bench.TAKES) * len(KINDS) and {row["kind"] for row in fitted["rows"]} == set(KINDS)
     assert len(fitted["weights"]) == len(fitted["rows"][0]["evidence"])
     right = [expit(np.dot(row["evidence"], fitted["weights"]) + fitted["constant"]) for row in fitted["rows"] if row["kind"] == "right" and row["error"] <= bench.RIGHT]
     assert fitted["below"][0.5]["right"] == pytest.approx(np.mean(np.array(right) < 0.5))
@@ -36,14 +36,14 @@ def test_evidence_of_a_right_reference_and_of_one_that_is_not(small_set, model):
 
 def test_taken_anew_the_artifact_and_the_geometry_stay(small_set):
     item = BenchmarkSet(small_set)[0]
-    anew = bench.taken_anew(item, np.random.default_rng(1))
+    anew = bench.taken_anew(item, np.random.default_rng(1), 1.0, 0.6, 3.0)
     inside = item.mask > 0.5
     assert torch.equal(anew.image[:, inside], item.image[:, inside]) and not torch.equal(anew.image[:, ~inside], item.image[:, ~inside])
     assert 0 <= anew.image.min() and anew.image.max() <= 1 and 0 <= anew.reference.min() and anew.reference.max() <= 1
     assert set(anew.reference_mask.unique().tolist()) <= {0.0, 1.0}
     both, either = (anew.reference_mask * item.object_mask).sum(), torch.maximum(anew.reference_mask, item.object_mask).sum()
     assert both / either > 0.9
-    again = bench.taken_anew(item, np.random.default_rng(1))
+    again = bench.taken_anew(item, np.random.default_rng(1), 1.0, 0.6, 3.0)
     assert torch.equal(again.image, anew.image) and torch.equal(again.reference, anew.reference)
 
 
