@@ -87,16 +87,6 @@ class Vae:
 
 
 @pytest.fixture
-def whole(nodes, loaded, inputs):
-    return nodes.alignment.EncodeReference.execute(loaded, inputs["reference"], inputs["reference_mask"])[0]
-
-
-@pytest.fixture
-def zoomed(nodes, loaded, inputs):
-    return nodes.refinement.ZoomCrop.execute(loaded, inputs["image"], inputs["mask"], "alignment", 0.0).args
-
-
-@pytest.fixture
 def aligned(nodes, make_model, whole, zoomed, defaults):
     """`aligned(native, **changes)`: (map, attention) of Align (native model)."""
 
