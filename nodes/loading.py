@@ -67,7 +67,7 @@ class LoadModel(io.ComfyNode):
                 ),
                 io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True, tooltip="default: the device that ComfyUI computes on."),
             ],
-            outputs=[Model.Output("model", tooltip="The model, for every other Refine by Align node.")],
+            outputs=[Model.Output("model", tooltip="The model, for Refine by Align and the nodes of its steps. Most nodes for native models take ComfyUI's own MODEL instead.")],
         )
 
     @classmethod
