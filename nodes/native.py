@@ -174,7 +174,7 @@ def attend(model: ModelPatcher, condition: list, latents: Tensor, layer: int, si
     """`[d², N²]`, as of the library's own `attend`."""
 
     def read(queries: Tensor, keys: Tensor, _, options: dict) -> Tensor:
-        raise Reached(mean_attention(queries, keys, options["n_heads"]))
+        raise Reached(mean_attention(queries, keys, options["n_heads"]).mean(0))
 
     patcher = model.clone()
     patcher.set_model_attn2_replace(read, *LAYERS[layer], 0)
