@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from comfy import model_management
+from torch import Tensor
 
 from ..rba_core.alignment import attend, correspondence
 from ..rba_core.dense_correspondence import place
@@ -15,14 +18,27 @@ from ..rba_core.postprocessing import CleaningSettings, MatchedRegion
 from ..rba_core.reference_encoding import encode_reference
 from ..rba_core.zoom_crop import ZoomCrop
 from .api import io
-from .types import CATEGORY, Attention, BatchProgress, Model, Placement, Reference, boxes_in, boxes_out, delivered, encoded, image_of, masks, model_crop, object_masks, on_device, pictures, plain, together
+from .types import CATEGORY, Attention, BatchProgress, Model, Placement, Reference, boxes_in, boxes_out, delivered, encoded, image_of, mask_batch, masks, model_crop, object_masks, on_device, pictures, plain, together
 
-SEED_MAX = 0xFFFFFFFFFFFFFFFF
-MATCHES = 384
-"""Height of the picture of matches, pixels."""
 
-# io.BoundingBox.Input is a widget; force_input is younger than the type
-BoundingBoxSocket = io.Custom("BOUNDING_BOX")
+def seed_input(tooltip: str = "Seed of the noise that is put on the crop while it is aligned."):
+    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)
+
+
+def crop_inputs(purpose: str):
+    return [
+        io.Image.Input("crop", tooltip=f"The crop around the wrong part, from Zoom-in Crop (purpose: {purpose})."),
+        io.Mask.Input("crop_mask", tooltip="White over the wrong part of the crop, from Zoom-in Crop."),
+    ]
+
+
+def bounding_box_input(tooltip: str = "Where the crop stands in the image, from Zoom-in Crop.", optional: bool = False):
+    # io.BoundingBox.Input is a widget; force_input is younger than the type
+    return io.Custom("BOUNDING_BOX").Input("bounding_box", optional=optional, tooltip=tooltip, extra_dict={"forceInput": True})
+
+
+def reference_mask_input():
+    return io.Mask.Input("reference_mask", optional=True, tooltip="White over the object in the reference. Without it the whole picture counts as the object.")
 
 
 def layer_input():
@@ -89,6 +105,22 @@ def none_below_zero(value):
     return None if value < 0 else value
 
 
+def map_outputs(over: str = "16 x 16 tokens"):
+    return [
+        io.Mask.Output("correspondence_map", tooltip=f"The raw map over the reference's {over}, sum 1."),
+        Attention.Output("attention", tooltip="Where each cell of the crop looks in the reference, for Post-process."),
+    ]
+
+
+def maps_and_attentions(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+    """The values of `map_outputs`, from each picture's attention `[d², N²]` and crop mask `[S, S]`."""
+    maps, attentions = [], []
+    for attention, mask in pairs:
+        maps.append(correspondence(attention, mask))
+        attentions.append(attention.to(model_management.intermediate_device()))
+    return delivered(maps), attentions
+
+
 class EncodeReference(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -125,34 +157,28 @@ class Align(io.ComfyNode):
             search_aliases=["rba align", "correspondence", "cross attention map", "attention map", "match reference", "find in reference"],
             inputs=[
                 Model.Input("model", tooltip="The model that encoded the reference."),
-                io.Image.Input("crop", tooltip="The crop around the wrong part, from Zoom-in Crop (purpose: alignment)."),
-                io.Mask.Input("crop_mask", tooltip="White over the wrong part of the crop, from Zoom-in Crop."),
+                *crop_inputs("alignment"),
                 Reference.Input("encoded_reference", tooltip="The whole object, from Encode Reference."),
                 layer_input(),
                 timestep_input(),
                 noise_level_input(),
-                io.Int.Input("seed", default=0, min=0, max=SEED_MAX, control_after_generate=True, tooltip="Seed of the noise that is put on the crop while it is aligned."),
+                seed_input(),
             ],
-            outputs=[
-                io.Mask.Output("correspondence_map", tooltip="The raw map over the reference's 16 x 16 tokens, sum 1."),
-                Attention.Output("attention", tooltip="Where each cell of the crop looks in the reference, for Post-process."),
-            ],
+            outputs=map_outputs(),
         )
 
     @classmethod
     def execute(cls, model, crop, crop_mask, encoded_reference, layer, timestep, noise_level, seed) -> io.NodeOutput:
         batch = together(crop=pictures(crop), crop_mask=masks(crop_mask, crop, "crop mask", "crop"), encoded_reference=encoded_reference)
         network = on_device(model)
-        maps, attentions = [], []
-        for picture, mask, reference in BatchProgress(len(batch)).over(batch):
-            cut = model_crop(picture, mask, network)
-            attention = attend(
-                network, cut, encoded(reference, network),
-                layer=none_below_zero(layer), timestep=none_below_zero(timestep), noise_level=none_below_zero(noise_level), seed=seed,
-            )
-            maps.append(correspondence(attention, cut.mask))
-            attentions.append(attention.to(model_management.intermediate_device()))
-        return io.NodeOutput(delivered(maps), attentions)
+        options = {"layer": none_below_zero(layer), "timestep": none_below_zero(timestep), "noise_level": none_below_zero(noise_level), "seed": seed}
+
+        def attended():
+            for picture, mask, reference in BatchProgress(len(batch)).over(batch):
+                cut = model_crop(picture, mask, network)
+                yield attend(network, cut, encoded(reference, network), **options), cut.mask
+
+        return io.NodeOutput(*maps_and_attentions(attended()))
 
 
 class PostProcess(io.ComfyNode):
@@ -172,7 +198,7 @@ class PostProcess(io.ComfyNode):
                 on_flat_input(),
                 Attention.Input("attention", optional=True, tooltip="From Align. With it the region lies where the map that all cells agree on carries the mask; without it, or where they do not agree, the raw map decides."),
                 io.Mask.Input("crop_mask", optional=True, tooltip="White over the wrong part of the crop that was aligned, from Zoom-in Crop; needed with an attention."),
-                BoundingBoxSocket.Input("bounding_box", optional=True, tooltip="Where that crop stands in the image, from Zoom-in Crop; needed with an attention.", extra_dict={"forceInput": True}),
+                bounding_box_input("Where that crop stands in the image, from Zoom-in Crop; needed with an attention.", optional=True),
                 io.Mask.Input("matched_region", optional=True, tooltip="For a close-up: the region that the Post-process before found. It stays where the cells of the close-up do not agree."),
                 Placement.Input("placement", optional=True, tooltip="For a close-up: the placement that the Post-process before found."),
             ],
@@ -194,9 +220,9 @@ class PostProcess(io.ComfyNode):
             raise InputError("crop mask" if crop_mask is None else "bounding box", "is not connected", "with an attention, connect crop mask and bounding box of Zoom-in Crop too")
         batch = together(
             correspondence_map=correspondence_map, encoded_reference=encoded_reference, attention=attention or [None],
-            crop_mask=[None] if crop_mask is None else crop_mask.reshape(-1, *crop_mask.shape[-2:]).cpu().float(),
+            crop_mask=[None] if crop_mask is None else mask_batch(crop_mask),
             bounding_box=[None] if bounding_box is None else boxes_in(bounding_box),
-            matched_region=[None] if matched_region is None else matched_region.reshape(-1, *matched_region.shape[-2:]).cpu().float(),
+            matched_region=[None] if matched_region is None else mask_batch(matched_region),
             placement=placement or [None],
         )
         settings = CleaningSettings(threshold, peak_support, flatness)
@@ -237,12 +263,11 @@ class Register(io.ComfyNode):
             description="Settles the matched region to the pixel: lays the reference over the crop so that both agree around the mask. Where they cannot, all stays as it was.",
             search_aliases=["rba register", "image registration", "collage", "warp reference", "align images", "align pictures", "homography"],
             inputs=[
-                io.Image.Input("crop", tooltip="The crop around the wrong part, from Zoom-in Crop (purpose: refinement)."),
-                io.Mask.Input("crop_mask", tooltip="White over the wrong part of the crop, from Zoom-in Crop."),
-                BoundingBoxSocket.Input("bounding_box", tooltip="Where the crop stands in the image, from Zoom-in Crop.", extra_dict={"forceInput": True}),
+                *crop_inputs("refinement"),
+                bounding_box_input(),
                 io.Image.Input("image", tooltip="The image that the crop was cut from."),
                 io.Image.Input("reference", tooltip="The photo of the object, at its full size."),
-                io.Mask.Input("reference_mask", optional=True, tooltip="White over the object in the reference. Without it the whole picture counts as the object."),
+                reference_mask_input(),
                 io.Mask.Input("matched_region", tooltip="Where the search begins, from Post-process. All of the object, without a placement, is not registered."),
                 min_confidence_input(),
                 margin_input(),
@@ -274,7 +299,7 @@ class Register(io.ComfyNode):
             if start is not None or not torch.equal(found, thing):  # all of it, and no placement: alignment found nothing
                 region, collage = register(crop, photo, thing, region, whole, settings)
             confidences.append(0.0 if collage is None else collage.confidence)
-            drawn.append(image_of(draw_matches(whole, crop, photo, collage, MATCHES)))
+            drawn.append(image_of(draw_matches(whole, crop, photo, collage)))
             collage = believed(collage, settings)
             laid.append(torch.zeros(3, box.height, box.width) if collage is None else collage.picture)
             shown.append(torch.zeros(box.height, box.width) if collage is None else collage.valid)

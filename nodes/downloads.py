@@ -23,7 +23,7 @@ class DownloadModel(io.ComfyNode):
             node_id="RBA_DownloadModel",
             display_name="Download Model (Refine by Align)",
             category=f"{CATEGORY}/loading",
-            description="Fetches a file of weights from its publisher into ComfyUI's models, once, when run. The revision is pinned, size and sha256 are checked. What a cut left is gone on from.",
+            description="Fetches a file of weights from its publisher into ComfyUI's models, once, when run. The revision is pinned, size and sha256 are checked. An interrupted download goes on where it stopped.",
             search_aliases=["download weights", "fetch checkpoint", "rba download", "get dinov2"],
             inputs=[io.Combo.Input("name", options=list(DOWNLOADS), default="dinov2-base", tooltip=f"{offered}.")],
             outputs=[io.String.Output("path", tooltip="The file, checked.")],

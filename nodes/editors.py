@@ -5,9 +5,9 @@ from __future__ import annotations
 from ..rba_core.editing import find_match, reference_crop, stitcher
 from ..rba_core.pipeline import Settings
 from ..rba_core.zoom_crop import crop_box, zoom_crop
-from .alignment import SEED_MAX, on_flat_input
+from .alignment import on_flat_input, reference_mask_input, seed_input
 from .api import io
-from .types import CATEGORY, BatchProgress, Model, boxes_out, delivered, image_of, masks, object_masks, on_device, pictures, together
+from .types import CATEGORY, BatchProgress, Model, crops_out, delivered, masks, object_masks, on_device, pictures, together
 
 EDITORS = f"{CATEGORY}/editors"
 BACKGROUNDS = {"as it is": None, "white": 1.0, "grey": 0.5, "black": 0.0}
@@ -38,9 +38,9 @@ class FindRegion(io.ComfyNode):
                 io.Image.Input("image", tooltip="The image with the wrong part."),
                 io.Mask.Input("mask", tooltip="White over the wrong part; same size as the image. Taken as one part."),
                 io.Image.Input("reference", tooltip="A photo of the object as it should be, of any size. One for all images, or one for each."),
-                io.Mask.Input("reference_mask", optional=True, tooltip="White over the object in the reference. Without it the whole picture counts as the object."),
+                reference_mask_input(),
                 on_flat_input(),
-                io.Int.Input("seed", default=0, min=0, max=SEED_MAX, control_after_generate=True, tooltip="Seed of the noise that is put on the crop while it is aligned."),
+                seed_input(),
             ],
             outputs=[
                 io.Mask.Output("matched_region", tooltip="What corresponds to the masked part, at the reference's size; all of the object where nothing stands out and on_flat allows it."),
@@ -53,13 +53,11 @@ class FindRegion(io.ComfyNode):
         object_mask = object_masks(reference_mask, reference)
         batch = together(image=pictures(image), mask=masks(mask, image), reference=pictures(reference), reference_mask=object_mask)
         network = on_device(model)
-        progress = BatchProgress(len(batch))
         regions, confidences = [], []
-        for index, (picture, part, guide, thing) in enumerate(batch):
+        for picture, part, guide, thing in BatchProgress(len(batch)).over(batch):
             match = find_match(network, picture, part, guide, thing, settings=Settings(on_flat=on_flat), seed=seed)
             regions.append((thing > 0.5).float() if match.region is None else match.region.mask)
             confidences.append(match.collage.confidence if match.collage else 0.0)
-            progress.of(index)(1, 1)
         return io.NodeOutput(delivered(regions), min(confidences))
 
 
@@ -97,10 +95,7 @@ class EditorCrop(io.ComfyNode):
         crops = [zoom_crop(picture, part, size, context=context) for picture, part in batch]
         back = [stitcher(picture, part, crop.box, feather) for crop, (picture, part) in zip(crops, batch)]
         algorithms = {"downscale_algorithm": "bicubic", "upscale_algorithm": "bicubic", "blend_pixels": feather}
-        return io.NodeOutput(
-            delivered([image_of(crop.image) for crop in crops]), delivered([crop.mask for crop in crops]), boxes_out([crop.box for crop in crops]),
-            algorithms | {key: [one[key] for one in back] for key in back[0]},
-        )
+        return io.NodeOutput(*crops_out(crops), algorithms | {key: [one[key] for one in back] for key in back[0]})
 
 
 class ReferenceCrop(io.ComfyNode):
@@ -139,4 +134,4 @@ class ReferenceCrop(io.ComfyNode):
         crops = [
             reference_crop(picture, region, size, context=context, background=BACKGROUNDS[background], margin=margin, object_mask=thing) for picture, region, thing in batch
         ]
-        return io.NodeOutput(delivered([image_of(crop.image) for crop in crops]), delivered([crop.mask for crop in crops]), boxes_out([crop.box for crop in crops]))
+        return io.NodeOutput(*crops_out(crops))

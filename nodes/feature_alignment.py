@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -9,16 +10,16 @@ from comfy import model_management
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..rba_core.alignment import Reached, correspondence
+from ..rba_core.alignment import Reached
 from ..rba_core.errors import InputError
 from ..rba_core.feature_alignment import DINOV2_TOKENS, FeatureAligner, Features, check_ensemble, combined, ensemble_mean, model_aligner, patch_features
 from ..rba_core.geometry import Box, resize
 from ..rba_core.refinement import Progress
 from ..rba_core.zoom_crop import ZoomCrop
-from .alignment import SEED_MAX
+from .alignment import map_outputs, maps_and_attentions, seed_input
 from .api import io
 from .native_call import Look, looked_into
-from .types import NATIVE, Attention, BatchProgress, Model, Reference, delivered, image_of, masks, object_masks, on_device, pictures, plain, together
+from .types import NATIVE, BatchProgress, Model, Reference, image_of, masks, object_masks, on_device, pictures, plain, square_side, together
 
 PATCHES = {"dinov2": 14, "dinov3": 16}
 """Side of a patch in pixels, of the CLIP_VISION models whose patches can be told apart by what they show."""
@@ -42,8 +43,7 @@ def temperature_input():
 
 def match_outputs():
     return [
-        io.Mask.Output("correspondence_map", tooltip="The raw map over the reference's square, sum 1."),
-        Attention.Output("attention", tooltip="Where each cell of the crop looks in the reference, for Post-process."),
+        *map_outputs("square"),
         Reference.Output("encoded_reference", tooltip="What of the reference the map covers, for Post-process and Correspondence Preview. It holds no tokens to redraw from."),
     ]
 
@@ -103,7 +103,7 @@ class AlignDIFT(io.ComfyNode):
                 io.Int.Input("timestep", default=261, min=0, max=999, advanced=True, tooltip="How noisy the pictures are made, 0 (clean) to 999."),
                 io.Int.Input("up_block", default=1, min=0, max=2, advanced=True, tooltip="Block of the U-Net's decoder that is read, 0 the coarsest. SDXL has 0 and 1."),
                 io.Int.Input("ensemble", default=8, min=1, max=64, advanced=True, tooltip="How many noises are averaged. Fewer are faster and less sure."),
-                io.Int.Input("seed", default=0, min=0, max=SEED_MAX, control_after_generate=True, tooltip="Seed of the noises."),
+                seed_input("Seed of the noises."),
                 io.Float.Input("weight", default=0.5, min=0.0, max=1.0, step=0.05, advanced=True, tooltip="With clip_vision: the share of the diffusion features, 0 (DINOv2 alone) to 1."),
                 temperature_input(),
             ],
@@ -133,25 +133,25 @@ class AlignDIFT(io.ComfyNode):
         return matched(aligner, crop, crop_mask, reference, reference_mask)
 
 
-def matched(aligner, crop: Tensor, crop_mask: Tensor, reference: Tensor, reference_mask: Tensor | None) -> io.NodeOutput:
+def matched(aligner: Callable[[Progress], FeatureAligner], crop: Tensor, crop_mask: Tensor, reference: Tensor, reference_mask: Tensor | None) -> io.NodeOutput:
     """The outputs for a batch. `aligner` makes a `FeatureAligner` that reports how far it is with one picture."""
-    height, width = crop.shape[1:3]
-    if height != width:
-        raise InputError("crop", f"is {width} x {height}, not square", "connect Zoom-in Crop")
+    side = square_side("crop", crop, "connect Zoom-in Crop")
     object_mask = object_masks(reference_mask, reference)
     batch = together(crop=pictures(crop), crop_mask=masks(crop_mask, crop, "crop mask", "crop"), reference=pictures(reference), reference_mask=object_mask)
     progress = BatchProgress(2 * len(batch))
-    maps, attentions, grids = [], [], []
-    for index, (picture, hole, photo, thing) in enumerate(batch):
-        cut = ZoomCrop(picture, (hole > 0.5).float(), Box(0, 0, width, height))
-        seen = aligner(progress.of(2 * index)).encode(photo, thing)
-        progress.of(2 * index)(1, 1)
-        attention = aligner(progress.of(2 * index + 1)).attend(cut, seen)
-        progress.of(2 * index + 1)(1, 1)
-        maps.append(correspondence(attention, cut.mask))
-        attentions.append(attention.to(model_management.intermediate_device()))
-        grids.append(plain(replace(seen, embedding=seen.embedding[..., :0])))  # what it was found with is no U-Net's to read
-    return io.NodeOutput(delivered(maps), attentions, grids)
+    grids = []
+
+    def attended():
+        for index, (picture, hole, photo, thing) in enumerate(batch):
+            cut = ZoomCrop(picture, (hole > 0.5).float(), Box(0, 0, side, side))
+            seen = aligner(progress.of(2 * index)).encode(photo, thing)
+            progress.of(2 * index)(1, 1)
+            attention = aligner(progress.of(2 * index + 1)).attend(cut, seen)
+            progress.of(2 * index + 1)(1, 1)
+            grids.append(plain(replace(seen, embedding=seen.embedding[..., :0])))  # what it was found with is no U-Net's to read
+            yield attention, cut.mask
+
+    return io.NodeOutput(*maps_and_attentions(attended()), grids)
 
 
 def vision_features(clip_vision, tokens: int) -> Features:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import glob
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import folder_paths
-import numpy as np
 import torch
 from comfy import model_management
 from comfy.model_patcher import ModelPatcher
-from PIL import Image
 
-from ..rba_core.shipped import PRETRAINED, SAMPLE
+from ..rba_core.shipped import PRETRAINED, read_sample
 from .api import io
-from .types import CATEGORY, Model, RefineByAlignModel, delivered
+from .types import CATEGORY, Model, RefineByAlignModel, delivered, image_of
+
+if TYPE_CHECKING:
+    from ..rba_core.model import RefineByAlign
 
 FOLDER = "refine_by_align"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -35,6 +37,19 @@ def model_folders() -> dict[str, str]:
     return found
 
 
+def patcher_of(network: RefineByAlign, dtype: torch.dtype | None = None, device: str = "default") -> ModelPatcher:
+    """The network where ComfyUI keeps models, in a precision; default: fp16 where the device is faster with it, else fp32."""
+    load_device, offload_device = model_management.get_torch_device(), model_management.unet_offload_device()
+    if device == "cpu":
+        load_device = offload_device = torch.device("cpu")
+    if dtype is None:
+        parameters = sum(weight.numel() for weight in network.parameters())
+        # not bf16: its 8 bits of mantissa show in decoded pixels
+        dtype = model_management.unet_dtype(load_device, parameters, supported_dtypes=[torch.float16, torch.float32])
+    network.to(offload_device, dtype)
+    return ModelPatcher(RefineByAlignModel(network), load_device=load_device, offload_device=offload_device)
+
+
 class LoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -52,7 +67,7 @@ class LoadModel(io.ComfyNode):
                 ),
                 io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True, tooltip="default: the device that ComfyUI computes on."),
             ],
-            outputs=[Model.Output("model", tooltip="The model, for every other Refine by Align node.")],
+            outputs=[Model.Output("model", tooltip="The model, for Refine by Align and the nodes of its steps. Most nodes for native models take ComfyUI's own MODEL instead.")],
         )
 
     @classmethod
@@ -65,18 +80,8 @@ class LoadModel(io.ComfyNode):
     def execute(cls, model_name, dtype, device) -> io.NodeOutput:
         from ..rba_core.model import RefineByAlign  # with diffusers and transformers, which take seconds: not when ComfyUI starts
 
-        load_device, offload_device = model_management.get_torch_device(), model_management.unet_offload_device()
-        if device == "cpu":
-            load_device = offload_device = torch.device("cpu")
         network = RefineByAlign.load(model_folders()[model_name], dtype=DTYPES.get(dtype, torch.float32))
-        if dtype == "auto":
-            parameters = sum(weight.numel() for weight in network.parameters())
-            # not bf16: its 8 bits of mantissa show in decoded pixels
-            weights = model_management.unet_dtype(load_device, parameters, supported_dtypes=[torch.float16, torch.float32])
-        else:
-            weights = DTYPES[dtype]
-        network.to(offload_device, weights)
-        return io.NodeOutput(ModelPatcher(RefineByAlignModel(network), load_device=load_device, offload_device=offload_device))
+        return io.NodeOutput(patcher_of(network, DTYPES.get(dtype), device))
 
 
 class Sample(io.ComfyNode):
@@ -98,6 +103,5 @@ class Sample(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        read = {name: np.asarray(Image.open(SAMPLE / f"{name}.png").convert(mode)) for name, mode in
-                (("image", "RGB"), ("mask", "L"), ("reference", "RGB"), ("reference_mask", "L"))}
-        return io.NodeOutput(*(delivered([torch.from_numpy(pixels.astype(np.float32) / 255)]) for pixels in read.values()))
+        image, mask, reference, reference_mask = read_sample()
+        return io.NodeOutput(*(delivered([pixels]) for pixels in (image_of(image), mask, image_of(reference), reference_mask)))

@@ -6,18 +6,17 @@ from pathlib import Path
 
 import folder_paths
 import torch
-from comfy import model_management
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..rba_core.alignment import Reached, correspondence, mean_attention, noise_like
+from ..rba_core.alignment import Reached, mean_attention, noise_like
 from ..rba_core.errors import InputError
 from ..rba_core.native import LAYERS, MLP, inpainting, noise_sigma
-from .alignment import SEED_MAX, noise_level_input, none_below_zero
+from .alignment import crop_inputs, map_outputs, maps_and_attentions, noise_level_input, none_below_zero, seed_input
 from .api import io
-from .loading import FOLDER
+from .loading import FOLDER, patcher_of
 from .native_call import looked_into
-from .types import NATIVE, Attention, Model, Reference, RefineByAlignModel, delivered, encoded, image_of, masks, pictures, together
+from .types import NATIVE, BatchProgress, Model, Reference, encoded, image_of, masks, pictures, square_side, together
 
 
 def encoder_files() -> dict[str, Path]:
@@ -49,11 +48,7 @@ class LoadReferenceEncoder(io.ComfyNode):
     def execute(cls, encoder_name) -> io.NodeOutput:
         from ..rba_core.conversion import ReferenceEncoder  # as in Load Refine-by-Align Model
 
-        load_device, offload_device = model_management.get_torch_device(), model_management.unet_offload_device()
-        encoder = ReferenceEncoder.load(encoder_files()[encoder_name])
-        parameters = sum(weight.numel() for weight in encoder.parameters())
-        encoder.to(offload_device, model_management.unet_dtype(load_device, parameters, supported_dtypes=[torch.float16, torch.float32]))
-        return io.NodeOutput(ModelPatcher(RefineByAlignModel(encoder), load_device=load_device, offload_device=offload_device))
+        return io.NodeOutput(patcher_of(ReferenceEncoder.load(encoder_files()[encoder_name])))
 
 
 class ReferenceConditioning(io.ComfyNode):
@@ -94,8 +89,7 @@ class InpaintingCondition(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="From Reference Conditioning."),
                 io.Conditioning.Input("negative", tooltip="From Reference Conditioning."),
                 io.Vae.Input("vae", tooltip="The VAE of the checkpoint."),
-                io.Image.Input("crop", tooltip="The crop around the wrong part, from Zoom-in Crop (purpose: refinement)."),
-                io.Mask.Input("crop_mask", tooltip="White over the wrong part of the crop, from Zoom-in Crop."),
+                *crop_inputs("refinement"),
             ],
             outputs=[
                 io.Conditioning.Output("positive", tooltip="For the sampler."),
@@ -108,9 +102,9 @@ class InpaintingCondition(io.ComfyNode):
     def execute(cls, positive, negative, vae, crop, crop_mask) -> io.NodeOutput:
         batch = together(crop=pictures(crop), crop_mask=masks(crop_mask, crop, "crop mask", "crop"))
         crops, holes = (torch.stack(part) for part in zip(*batch))
-        blanked, redrawn = encoded_condition(vae, crops, holes)
-        told = [[[tokens, {**options, "concat_latent_image": blanked, "concat_mask": redrawn}] for tokens, options in condition] for condition in (positive, negative)]
-        return io.NodeOutput(*told, {"samples": vae.encode(crops.movedim(1, -1)), "noise_mask": redrawn})
+        told = inpainting_options(vae, crops, holes)
+        conditions = [[[tokens, {**options, **told}] for tokens, options in condition] for condition in (positive, negative)]
+        return io.NodeOutput(*conditions, {"samples": vae.encode(crops.movedim(1, -1)), "noise_mask": told["concat_mask"]})
 
 
 class AlignNative(io.ComfyNode):
@@ -128,47 +122,39 @@ class AlignNative(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A Stable Diffusion 1.x or 2.x MODEL that reads the reference's tokens, such as a checkpoint that rba convert to-ldm wrote."),
                 io.Vae.Input("vae", tooltip="The VAE of the checkpoint."),
-                io.Image.Input("crop", tooltip="The crop around the wrong part, from Zoom-in Crop (purpose: alignment)."),
-                io.Mask.Input("crop_mask", tooltip="White over the wrong part of the crop, from Zoom-in Crop."),
+                *crop_inputs("alignment"),
                 Reference.Input("encoded_reference", tooltip="The whole object, from Encode Reference."),
                 io.Int.Input("layer", default=9, min=0, max=len(LAYERS) - 1, advanced=True, tooltip="Cross-attention layer to read, 0 to 15 in the order in which they run; 9 is the block output 5."),
                 io.Int.Input("timestep", default=0, min=0, max=49, advanced=True, tooltip="Noise on the image while aligning, as a step of a 50-step sampler: 0 is the noisiest, 49 the cleanest."),
                 noise_level_input(),
-                io.Int.Input("seed", default=0, min=0, max=SEED_MAX, control_after_generate=True, tooltip="Seed of the noise that is put on the crop while it is aligned."),
+                seed_input(),
             ],
-            outputs=[
-                io.Mask.Output("correspondence_map", tooltip="The raw map over the reference's 16 x 16 tokens, sum 1."),
-                Attention.Output("attention", tooltip="Where each cell of the crop looks in the reference, for Post-process."),
-            ],
+            outputs=map_outputs(),
         )
 
     @classmethod
     def execute(cls, model, vae, crop, crop_mask, encoded_reference, layer, timestep, noise_level, seed) -> io.NodeOutput:
         batch = together(crop=pictures(crop), crop_mask=masks(crop_mask, crop, "crop mask", "crop"), encoded_reference=encoded_reference)
-        if crop.shape[1] != crop.shape[2]:
-            raise InputError("crop", f"is {crop.shape[2]} x {crop.shape[1]}, not square", "connect Zoom-in Crop")
+        square_side("crop", crop, "connect Zoom-in Crop")
         check_unet(model)
         sigma = noise_sigma(model.get_model_object("model_sampling").sigmas, timestep, none_below_zero(noise_level))
-        maps, attentions = [], []
-        for picture, mask, reference in batch:
-            mask = (mask > 0.5).float()
-            tokens = encoded(reference).embedding.float()
-            if tokens.shape[-1] != (width := model.model.model_config.unet_config["context_dim"]):
-                raise InputError("reference", f"was encoded for another model, {tokens.shape[-1]} channels a token, not {width}", "encode it with the encoder of this checkpoint")
-            condition = {}
-            if model.model.concat_keys:
-                blanked, redrawn = encoded_condition(vae, picture[None], mask[None])
-                condition = {"concat_latent_image": blanked, "concat_mask": redrawn}
-            attention = attend(model, [[tokens, condition]], vae.encode(image_of(picture)[None]), layer, sigma, seed)
-            maps.append(correspondence(attention, mask))
-            attentions.append(attention.to(model_management.intermediate_device()))
-        return io.NodeOutput(delivered(maps), attentions)
+
+        def attended():
+            for picture, mask, reference in BatchProgress(len(batch)).over(batch):
+                mask = (mask > 0.5).float()
+                tokens = encoded(reference).embedding.float()
+                if tokens.shape[-1] != (width := model.model.model_config.unet_config["context_dim"]):
+                    raise InputError("reference", f"was encoded for another model, {tokens.shape[-1]} channels a token, not {width}", "encode it with the encoder of this checkpoint")
+                condition = inpainting_options(vae, picture[None], mask[None]) if model.model.concat_keys else {}
+                yield attend(model, [[tokens, condition]], vae.encode(image_of(picture)[None]), layer, sigma, seed), mask
+
+        return io.NodeOutput(*maps_and_attentions(attended()))
 
 
-def encoded_condition(vae, crops: Tensor, holes: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents of the blanked crops, and which of them are redrawn, as `concat_latent_image` and `concat_mask`; core orders and scales them."""
+def inpainting_options(vae, crops: Tensor, holes: Tensor) -> dict[str, Tensor]:
+    """What a conditioning tells of the crops `[B, 3, S, S]`: latents of them blanked, and which of those are redrawn; core orders and scales them."""
     blanked, redrawn = inpainting(crops, (holes > 0.5).float())
-    return vae.encode(blanked.movedim(1, -1)), redrawn
+    return {"concat_latent_image": vae.encode(blanked.movedim(1, -1)), "concat_mask": redrawn}
 
 
 def cross_attentions(unet) -> list[tuple[str, int]]:
@@ -188,7 +174,7 @@ def attend(model: ModelPatcher, condition: list, latents: Tensor, layer: int, si
     """`[d², N²]`, as of the library's own `attend`."""
 
     def read(queries: Tensor, keys: Tensor, _, options: dict) -> Tensor:
-        raise Reached(mean_attention(queries, keys, options["n_heads"]))
+        raise Reached(mean_attention(queries, keys, options["n_heads"]).mean(0))
 
     patcher = model.clone()
     patcher.set_model_attn2_replace(read, *LAYERS[layer], 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..rba_core.errors import InputError
 from ..rba_core.overlay import overlay
 from .api import io, ui
-from .types import CATEGORY, Reference, delivered, encoded, image_of, pictures, together
+from .types import CATEGORY, Reference, delivered, encoded, image_of, mask_batch, pictures, together
 
 
 class CorrespondencePreview(io.ComfyNode):
@@ -28,9 +28,8 @@ class CorrespondencePreview(io.ComfyNode):
 
     @classmethod
     def execute(cls, reference, matched_region, encoded_reference=None) -> io.NodeOutput:
-        matched_region = matched_region.reshape(-1, *matched_region.shape[-2:]).cpu().float()
         drawn = []
-        for picture, region, whole in together(reference=pictures(reference), matched_region=matched_region, encoded_reference=encoded_reference or [None]):
+        for picture, region, whole in together(reference=pictures(reference), matched_region=mask_batch(matched_region), encoded_reference=encoded_reference or [None]):
             if region.shape != picture.shape[1:]:
                 if whole is None:
                     raise InputError(

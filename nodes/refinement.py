@@ -13,21 +13,18 @@ from ..rba_core.refinement import SCHEDULERS, default_strength, refine
 from ..rba_core.stitch import stitch
 from ..rba_core.zoom_crop import zoom_crop
 from .alignment import (
-    SEED_MAX, BoundingBoxSocket, cleaning_inputs, layer_input, margin_input, min_confidence_input, noise_level_input, none_below_zero, on_flat_input,
-    timestep_input,
+    bounding_box_input, cleaning_inputs, crop_inputs, layer_input, margin_input, min_confidence_input, noise_level_input, none_below_zero, on_flat_input,
+    reference_mask_input, seed_input, timestep_input,
 )
 from .api import io
 from .types import (
-    CATEGORY, BatchProgress, Model, Reference, boxes_in, boxes_out, collages, delivered, encoded, image_of, masks, model_crop, object_masks, on_device, pictures, put_back, together,
+    CATEGORY, BatchProgress, Model, Reference, boxes_in, collages, crops_out, delivered, encoded, image_of, mask_batch, masks, model_crop, object_masks, on_device, pictures, put_back, together,
 )
 
 
 def sampling_inputs():
     return [
-        io.Int.Input(
-            "seed", default=0, min=0, max=SEED_MAX, control_after_generate=True,
-            tooltip="Seed of the noise that the redrawing starts from. The same seed gives the same result; change it to get another try.",
-        ),
+        seed_input("Seed of the noise that the redrawing starts from. The same seed gives the same result; change it to get another try."),
         io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Denoising steps. 0: the model's own number."),
         io.Float.Input(
             "guidance", default=0.0, min=0.0, max=20.0, step=0.1,
@@ -35,6 +32,11 @@ def sampling_inputs():
         ),
         io.Combo.Input("scheduler", options=["default", *SCHEDULERS], default="default", advanced=True, tooltip="The sampling method. default: the model's own."),
     ]
+
+
+def sampling(steps: int, guidance: float, scheduler: str) -> dict:
+    """What `sampling_inputs` say, as `refine` takes it: `None` is the model's own."""
+    return {"steps": steps or None, "guidance": guidance or None, "scheduler": None if scheduler == "default" else scheduler}
 
 
 def context_input(name: str = "context", crop: str = "crop"):
@@ -101,7 +103,7 @@ class ZoomCrop(io.ComfyNode):
         context = context or (network.config.context if purpose == "refinement" else network.config.alignment_context)
         batch = together(image=pictures(image), mask=masks(mask, image))
         crops = [zoom_crop(picture, part, network.config.image_size, context=context, multiple=network.stride) for picture, part in batch]
-        return io.NodeOutput(delivered([image_of(crop.image) for crop in crops]), delivered([crop.mask for crop in crops]), boxes_out([crop.box for crop in crops]))
+        return io.NodeOutput(*crops_out(crops))
 
 
 class Refine(io.ComfyNode):
@@ -115,8 +117,7 @@ class Refine(io.ComfyNode):
             search_aliases=["rba refine", "reference inpaint", "redraw crop", "inpaint with reference image", "fix crop"],
             inputs=[
                 Model.Input("model", tooltip="The model that encoded the reference."),
-                io.Image.Input("crop", tooltip="The crop around the wrong part, from Zoom-in Crop (purpose: refinement)."),
-                io.Mask.Input("crop_mask", tooltip="White over the wrong part of the crop, from Zoom-in Crop."),
+                *crop_inputs("refinement"),
                 Reference.Input("encoded_reference", tooltip="The matched region, from Encode Reference with the guide mask of Register or Post-process."),
                 *sampling_inputs(),
                 strength_input(),
@@ -138,9 +139,8 @@ class Refine(io.ComfyNode):
         progress = BatchProgress(len(batch))
         redrawn = [
             refine(
-                network, model_crop(picture, mask, network), encoded(reference, network), collage=laid, strength=strength, steps=steps or None, guidance=guidance or None,
-                scheduler=None if scheduler == "default" else scheduler, seed=seed, progress=progress.of(index),
-                preview=progress.preview(),
+                network, model_crop(picture, mask, network), encoded(reference, network), collage=laid, strength=strength, **sampling(steps, guidance, scheduler),
+                seed=seed, progress=progress.of(index), preview=progress.preview(),
             )
             for index, (picture, mask, reference, laid) in enumerate(batch)
         ]
@@ -160,7 +160,7 @@ class Stitch(io.ComfyNode):
                 io.Image.Input("image", tooltip="The image that the crop was cut from."),
                 io.Mask.Input("mask", tooltip="White over the wrong part; same size as the image."),
                 io.Image.Input("redrawn", tooltip="The redrawn crop, from Refine Crop or any editor; any size, it is resampled to the box."),
-                BoundingBoxSocket.Input("bounding_box", tooltip="Where the crop stands in the image, from Zoom-in Crop.", extra_dict={"forceInput": True}),
+                bounding_box_input(),
                 detail_transfer_input(),
                 *stitching_inputs(),
                 *collage_inputs(),
@@ -182,7 +182,7 @@ class Stitch(io.ComfyNode):
     ) -> io.NodeOutput:
         if collage is not None and crop_mask is None:
             raise InputError("crop mask", "is not connected", "with a collage, connect the crop mask of Zoom-in Crop too")
-        holes = [None] if crop_mask is None else crop_mask.reshape(-1, *crop_mask.shape[-2:]).cpu().float()
+        holes = [None] if crop_mask is None else mask_batch(crop_mask)
         batch = together(
             image=image, mask=masks(mask, image), redrawn=pictures(redrawn), bounding_box=boxes_in(bounding_box),
             collage=collages(collage, collage_mask), crop_mask=holes,
@@ -219,7 +219,7 @@ class RefineByAlign(io.ComfyNode):
                 io.Image.Input("image", tooltip="The image with the wrong part. Alpha and everything outside the mask stay as they are."),
                 io.Mask.Input("mask", tooltip="White over the wrong part; same size as the image. Parts that lie apart are redrawn one by one."),
                 io.Image.Input("reference", tooltip="A photo of the object as it should be, of any size. One for all images, or one for each."),
-                io.Mask.Input("reference_mask", optional=True, tooltip="White over the object in the reference. Without it the whole picture counts as the object."),
+                reference_mask_input(),
                 *sampling_inputs(),
                 detail_transfer_input(),
                 on_flat_input(),
@@ -267,8 +267,7 @@ class RefineByAlign(io.ComfyNode):
             layer=none_below_zero(layer), timestep=none_below_zero(timestep), noise_level=none_below_zero(noise_level),
             cleaning=CleaningSettings(threshold, peak_support, flatness), alignment_context=alignment_context or None,
             aligner=aligner, dense=dense, levels=levels, register=register, min_confidence=min_confidence, strength=none_below_zero(strength), detail_transfer=detail_transfer, region_margin=margin,
-            steps=steps or None, guidance=guidance or None, scheduler=None if scheduler == "default" else scheduler,
-            context=context or None, feather=feather, colour_match=colour_match,
+            **sampling(steps, guidance, scheduler), context=context or None, feather=feather, colour_match=colour_match,
         )
         network = on_device(model)
         progress = BatchProgress(len(batch))

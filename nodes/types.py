@@ -78,9 +78,14 @@ def image_of(picture: Tensor) -> Tensor:
     return picture.movedim(0, -1)
 
 
+def mask_batch(mask: Tensor) -> Tensor:
+    """MASK `[B, H, W]` or `[H, W]` -> `[B, H, W]`, of any size."""
+    return mask.reshape(-1, *mask.shape[-2:]).cpu().float()
+
+
 def masks(mask: Tensor, image: Tensor, name: str = "mask", owner: str = "image") -> Tensor:
-    """MASK `[B, H, W]` or `[H, W]` -> `[B, H, W]` of the size of its IMAGE, none of them empty."""
-    mask = mask.reshape(-1, *mask.shape[-2:]).cpu().float()
+    """The same of masks that must have the size of their IMAGE, none of them empty."""
+    mask = mask_batch(mask)
     for one in mask:
         check_mask(name, one, owner, image[0, ..., 0])
     return mask
@@ -107,6 +112,14 @@ def together(**batches) -> list[tuple]:
     return list(zip(*(list(batch) * (count // len(batch)) for batch in batches.values()), strict=True))
 
 
+def square_side(name: str, image: Tensor, remedy: str) -> int:
+    """Of an IMAGE that has to be square."""
+    height, width = image.shape[1:3]
+    if height != width:
+        raise InputError(name, f"is {width} x {height}, not square", remedy)
+    return width
+
+
 def model_crop(picture: Tensor, mask: Tensor, model: RefineByAlign) -> ZoomCrop:
     size = model.config.image_size
     if picture.shape[1:] != (size, size):
@@ -118,19 +131,18 @@ def collages(collage: Tensor | None, collage_mask: Tensor | None) -> list[Collag
     """The registered reference of each picture; `None` where its mask is empty. No mask: all of it counts."""
     if collage is None:
         return [None]
-    height, width = collage.shape[1:3]
-    if height != width:
-        raise InputError("collage", f"is {width} x {height}, not square", "connect the collage of Register")
-    shown = torch.ones(1, height, width) if collage_mask is None else (collage_mask.reshape(-1, *collage_mask.shape[-2:]).cpu() > 0.5).float()
-    if shown.shape[1:] != (height, width):
-        raise InputError("collage mask", f"is {shown.shape[2]} x {shown.shape[1]}, its collage {width} x {height}", "connect the collage mask of Register")
+    side = square_side("collage", collage, "connect the collage of Register")
+    shown = torch.ones(1, side, side) if collage_mask is None else (mask_batch(collage_mask) > 0.5).float()
+    if shown.shape[1:] != (side, side):
+        raise InputError("collage mask", f"is {shown.shape[2]} x {shown.shape[1]}, its collage {side} x {side}", "connect the collage mask of Register")
     batch = together(collage=pictures(collage), collage_mask=shown)
     return [Collage(picture, valid, valid, 1.0) if valid.any() else None for picture, valid in batch]
 
 
-def plain(encoded: EncodedReference) -> dict[str, Any]:
-    detail = {} if encoded.detail is None else {"detail": encoded.detail}
-    return {"embedding": encoded.embedding.to(model_management.intermediate_device()), "box": asdict(encoded.box), "mask": encoded.mask, **detail}
+def plain(reference: EncodedReference) -> dict[str, Any]:
+    """As it goes from node to node, see `Reference`."""
+    detail = {} if reference.detail is None else {"detail": reference.detail}
+    return {"embedding": reference.embedding.to(model_management.intermediate_device()), "box": asdict(reference.box), "mask": reference.mask, **detail}
 
 
 def encoded(reference: dict[str, Any], model: RefineByAlign | None = None) -> EncodedReference:
@@ -148,6 +160,11 @@ def boxes_out(boxes: list[Box]) -> dict | list[list[dict]]:
     if len(boxes) == 1:
         return asdict(boxes[0])
     return [[asdict(box)] for box in boxes]
+
+
+def crops_out(crops: list[ZoomCrop]) -> tuple[Tensor, Tensor, dict | list]:
+    """Their pictures as IMAGE, masks as MASK, and boxes."""
+    return delivered([image_of(crop.image) for crop in crops]), delivered([crop.mask for crop in crops]), boxes_out([crop.box for crop in crops])
 
 
 def boxes_in(bounding_box: dict | list) -> list[Box]:

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from ..rba_core.errors import InputError
 from ..rba_core.overlay import attention_picture, outline
-from .alignment import BoundingBoxSocket
+from .alignment import bounding_box_input
 from .api import io, ui
-from .types import CATEGORY, Attention, Placement, Reference, boxes_in, encoded, image_of, pictures, together
+from .types import CATEGORY, Attention, Placement, Reference, boxes_in, encoded, image_of, mask_batch, pictures, together
 
 
 class CorrespondenceViewer(io.ComfyNode):
@@ -28,7 +28,7 @@ class CorrespondenceViewer(io.ComfyNode):
                 io.Image.Input("reference", tooltip="The photo that it was encoded from."),
                 io.Mask.Input("crop_mask", optional=True, tooltip="White over the wrong part of the crop, from Zoom-in Crop: drawn as an outline."),
                 Placement.Input("placement", optional=True, tooltip="From Post-process: the map that all cells agree on, shown as a ring. Needs bounding_box."),
-                BoundingBoxSocket.Input("bounding_box", optional=True, tooltip="Where the crop stands in the image, from Zoom-in Crop; needed with a placement.", extra_dict={"forceInput": True}),
+                bounding_box_input("Where the crop stands in the image, from Zoom-in Crop; needed with a placement.", optional=True),
             ],
         )
 
@@ -38,7 +38,7 @@ class CorrespondenceViewer(io.ComfyNode):
             raise InputError("bounding box", "is not connected", "with a placement, connect bounding_box of Zoom-in Crop too")
         batch = together(
             crop=pictures(crop), attention=attention, encoded_reference=encoded_reference, reference=pictures(reference),
-            crop_mask=[None] if crop_mask is None else crop_mask.reshape(-1, *crop_mask.shape[-2:]).cpu().float(),
+            crop_mask=[None] if crop_mask is None else mask_batch(crop_mask),
             placement=placement or [None], bounding_box=[None] if bounding_box is None else boxes_in(bounding_box),
         )
         shown, pages = [], []

@@ -47,14 +47,14 @@ class Reached(Exception):
 
 
 def probabilities(attn: Attention, args: tuple, kwargs: dict) -> Tensor:
-    """A = softmax(q kᵀ / sqrt(d)) of a layer that is called with these arguments, mean over heads, `[d², N²]`."""
-    return mean_attention(attn.to_q(args[0] if args else kwargs["hidden_states"]), attn.to_k(kwargs["encoder_hidden_states"]), attn.heads)
+    """The attention of a layer that is called with these arguments, of one picture, `[d², N²]`."""
+    return mean_attention(attn.to_q(args[0] if args else kwargs["hidden_states"]), attn.to_k(kwargs["encoder_hidden_states"]), attn.heads)[0]
 
 
 def mean_attention(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
-    """The same of queries `[1, d², heads c]` and keys `[1, N², heads c]`."""
-    q, k = (part.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1).float() for part in (queries, keys))
-    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(0)
+    """A = softmax(q kᵀ / sqrt(c)), mean over heads: queries `[B, d², heads c]`, keys `[B, N², heads c]` -> `[B, d², N²]`."""
+    q, k = (part.unflatten(-1, (heads, -1)).transpose(1, 2).float() for part in (queries, keys))
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)
 
 
 def attention_at(unet: UNet2DConditionModel, layer: int, sample: Tensor, timestep: Tensor, context: Tensor, **residuals) -> Tensor:

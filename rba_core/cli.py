@@ -63,7 +63,7 @@ def refine(options) -> None:
         chosen = [match.reference for match in refined.matches]
         print(json.dumps({"output": str(options.output), "seconds": round(seconds, 3), "seed": options.seed, "regions": boxes, "references": chosen, "confidences": confidences, "fell_back": fell_back}))
     else:
-        told = "".join(f", confidence {min(confidences):.2f}" for _ in range(None not in confidences))
+        told = "" if None in confidences else f", confidence {min(confidences):.2f}"
         print(f"{options.output}  ({count} artifact{'s' * (count > 1)}{told}, {seconds:.1f} s)")
 
 

@@ -9,19 +9,18 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .geometry import resize
-from .imageio import read_image, read_mask, to_bytes, write_image, write_mask, write_picture
+from .imageio import to_bytes, write_image, write_mask, write_picture
 from .model import RefineByAlign
 from .overlay import outline, overlay
 from .pipeline import refine_by_align
 from .refinement import Progress
-from .shipped import SAMPLE
+from .shipped import read_sample
 from .zoom_crop import crop_box
 
 
 def run(model: RefineByAlign, folder: Path, seed: int = 0, progress: Progress | None = None) -> None:
     """Refine the sample; write the result, M*, and one picture with all of it to `folder`; print where they are."""
-    image, reference = read_image(SAMPLE / "image.png").rgb, read_image(SAMPLE / "reference.png").rgb
-    mask, reference_mask = read_mask(SAMPLE / "mask.png"), read_mask(SAMPLE / "reference_mask.png")
+    image, mask, reference, reference_mask = read_sample()
     started = time.perf_counter()
     refined = refine_by_align(model, image, mask, reference, reference_mask, seed=seed, progress=progress)
     seconds = time.perf_counter() - started

@@ -31,7 +31,7 @@ def find_match(
 
 
 def reference_crop(
-    reference: Tensor, region: Tensor, size: int | None = None, *, context: float = 2.0, background: float | None = None, margin: float = 0.12, object_mask: Tensor | None = None
+    reference: Tensor, region: Tensor, size: int | None = None, *, context: float = 2.0, background: float | None = None, margin: float = Settings.region_margin, object_mask: Tensor | None = None
 ) -> ZoomCrop:
     """A square around M* `region` `[H, W]`, cut from `reference` `[3, H, W]`; its mask is M* within it.
 

@@ -27,6 +27,7 @@ from .detail_encoder import DetailEncoder
 from .detail_map import make_hint
 from .errors import InputError
 from .shipped import PRETRAINED
+from .zoom_crop import blanked
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "BlockAutoencoder": BlockAutoencoder}
 ENCODERS = {"dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel}
@@ -84,6 +85,11 @@ def imagenet_normalised(pictures: Tensor) -> Tensor:
     """`[B, 3, H, W]` in [0, 1] -> zero mean, unit variance over ImageNet, as DINOv2 expects."""
     mean, std = (pictures.new_tensor(value)[:, None, None] for value in (IMAGENET_MEAN, IMAGENET_STD))
     return (pictures - mean) / std
+
+
+def token_mlp(width: int, context: int) -> nn.Sequential:
+    """The MLP of Eq. 3: tokens `[..., width]` -> context of the U-Net `[..., context]`."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, context), nn.GELU(), nn.Linear(context, context))
 
 
 class ContextAdapter(nn.Module):
@@ -166,7 +172,7 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
 
 
 def read_config(name: str) -> dict:
-    """Of each part of a model, and of the model, the config in `configs/`."""
+    """`configs/NAME.json`: the configs of a model's parts, and under "model" its `ModelConfig`."""
     path = CONFIGS / f"{name}.json"
     if not path.exists():
         raise InputError("model config", f"{name!r} is not known", f"use one of {', '.join(sorted(p.stem for p in CONFIGS.glob('*.json')))}")
@@ -198,10 +204,7 @@ class RefineByAlign(nn.Module):
         self.sparing = False
         self.stem = nn.Sequential(nn.Conv2d(3, config.encoder_stem, 7, stride=2, padding=3), nn.GELU()) if config.encoder_stem else None
         width, context = encoder.config.hidden_size, unet.config.cross_attention_dim
-        if config.class_token:
-            self.projector = nn.Linear(width, context)
-        else:
-            self.projector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, context), nn.GELU(), nn.Linear(context, context))
+        self.projector = nn.Linear(width, context) if config.class_token else token_mlp(width, context)
         self.context_projector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.context_features)) if config.context_features else None
         self.context_adapter = ContextAdapter(config.context_features, unet.config) if config.context_features else None
         self.detail_encoder = detail_encoder
@@ -323,8 +326,8 @@ class RefineByAlign(nn.Module):
             hints = torch.stack([make_hint(picture, mask[0], detail) for picture, mask in zip(pictures, masks)])
             return F.pixel_unshuffle(hints, self.stride).to(self.device, self.dtype)
         pictures, masks = pictures.to(self.device, self.dtype), masks.to(self.device, self.dtype)
-        blanked = pictures * (1 - masks) + 0.5 * masks
-        latents = self.encode_image(blanked)
+        blank = blanked(pictures, masks)
+        latents = self.encode_image(blank)
         channels = [F.adaptive_max_pool2d(masks, latents.shape[-2:]), latents]
         if self.config.collage:
             if collage is None:
@@ -332,9 +335,9 @@ class RefineByAlign(nn.Module):
             else:
                 laid, valid = (value.to(latents) for value in collage)
                 shown = masks * valid
-                channels += [F.adaptive_avg_pool2d(shown, latents.shape[-2:]), self.encode_image(blanked * (1 - shown) + laid * shown)]
+                channels += [F.adaptive_avg_pool2d(shown, latents.shape[-2:]), self.encode_image(blank * (1 - shown) + laid * shown)]
         if self.context_projector is not None:
-            view = blanked if seen is None else seen.to(blanked)
+            view = blank if seen is None else seen.to(blank)
             view = F.interpolate(view.float(), (self.encoder_size,) * 2, mode="bilinear", antialias=True)  # no half on a CPU
             features = self.context_projector(self.tokens(view))
             side = round(features.shape[1] ** 0.5)
@@ -343,6 +346,7 @@ class RefineByAlign(nn.Module):
         return torch.cat(channels, 1)
 
     def unet_input(self, noisy: Tensor, condition: Tensor) -> Tensor:
+        """z_t `[B, c, h, w]` with what `inpainting_condition` gives behind it."""
         return torch.cat([noisy.to(condition), condition], 1)
 
     def context_residuals(self, sample: Tensor) -> dict:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .alignment import SAMPLER_STEPS, check_noise
+from .zoom_crop import blanked
 
 MLP, DINOV2 = ".mlp.safetensors", ".dinov2.safetensors"
 """How the names of what lies beside a checkpoint go on, in the place of .safetensors."""
@@ -40,4 +41,4 @@ def inpainting(pictures: Tensor, masks: Tensor, stride: int = 8) -> tuple[Tensor
     """What nine-channel U-Nets are told, as in `RefineByAlign.inpainting_condition`: the pictures `[B, 3, S, S]`, grey under the
     masks `[B, S, S]`, still to be encoded, and of the latents those that a mask touches, `[B, 1, S / stride, S / stride]` in {0, 1}."""
     masks = masks[:, None]
-    return pictures * (1 - masks) + 0.5 * masks, F.max_pool2d(masks, stride)
+    return blanked(pictures, masks), F.max_pool2d(masks, stride)

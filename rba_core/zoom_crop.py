@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
@@ -62,8 +63,13 @@ def zoom_crop(image: Tensor, mask: Tensor, size: int, *, context: float = 2.0, m
     box = crop_box(mask, context, multiple)
     cut_mask = resize_mask(box.crop(mask[None])[0], size, size)
     if not cut_mask.any():  # a mask of few pixels in a wide crop may vanish when shrunk
-        cut_mask = (torch.nn.functional.adaptive_max_pool2d(box.crop(mask[None])[None], size)[0, 0] > 0.5).float()
+        cut_mask = (F.adaptive_max_pool2d(box.crop(mask[None])[None], size)[0, 0] > 0.5).float()
     return ZoomCrop(resize(box.crop(image), size, size), cut_mask, box)
+
+
+def blanked(pictures: Tensor, masks: Tensor) -> Tensor:
+    """Crops `[B, 3, S, S]` in [0, 1] as an inpainting U-Net sees them: grey under their masks `[B, 1, S, S]`."""
+    return pictures * (1 - masks) + 0.5 * masks
 
 
 def crop_for(model: RefineByAlign, image: Tensor, mask: Tensor, context: float) -> ZoomCrop:

@@ -23,10 +23,10 @@ import pytest
 from PIL import Image
 
 from rba_core import RefineByAlign, refine_by_align
-from rba_core.imageio import read_image, read_mask, to_bytes
+from rba_core.imageio import to_bytes
+from rba_core.shipped import SAMPLE, read_sample
 
 PACK = Path(__file__).parent.parent
-SAMPLE = PACK / "rba_core" / "sample"
 PATIENCE = 300
 """Seconds until something that should take a few is given up."""
 
@@ -129,7 +129,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sample():
-    return read_image(SAMPLE / "image.png").rgb, read_mask(SAMPLE / "mask.png"), read_image(SAMPLE / "reference.png").rgb, read_mask(SAMPLE / "reference_mask.png")
+    return read_sample()
 
 
 @pytest.fixture(scope="session")

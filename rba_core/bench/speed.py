@@ -22,14 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..alignment import attend, attention_at, cross_attentions, noised
 from ..collage import Collage, lay_over, transfer_detail
-from ..demo import SAMPLE
+from ..editing import find_match
 from ..errors import InputError
-from ..imageio import read_image, read_mask
 from ..model import RefineByAlign, read_config
-from ..pipeline import Match, Settings, best_match, find_region, grow
+from ..pipeline import Match, Settings, find_region, grow
 from ..postprocessing import MatchedRegion
 from ..reference_encoding import EncodedReference, encode_reference
 from ..refinement import Progress, default_strength, make_scheduler, refine
+from ..shipped import read_sample
 from ..stitch import stitch
 from ..zoom_crop import ZoomCrop, crop_for
 
@@ -78,11 +78,8 @@ class Scene:
 
 @cache
 def sample_scene() -> Scene:
-    model = RefineByAlign.load("rba-tiny")
-    image, reference = (read_image(SAMPLE / f"{name}.png").rgb for name in ("image", "reference"))
-    mask, reference_mask = (read_mask(SAMPLE / f"{name}.png") for name in ("mask", "reference_mask"))
-    whole = encode_reference(model, reference, reference_mask)
-    return Scene(image, mask, reference, reference_mask, best_match(model, image, mask, crop_for(model, image, mask, model.config.context), [reference], [whole], Settings(), 0))
+    sample = read_sample()
+    return Scene(*sample, find_match(RefineByAlign.load("rba-tiny"), *sample))
 
 
 @dataclass

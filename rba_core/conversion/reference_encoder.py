@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Dinov2Model
 
 from ..errors import InputError
-from ..model import ModelConfig, RefineByAlign
+from ..model import ModelConfig, RefineByAlign, token_mlp
 from ..native import DINOV2, MLP
 from .dinov2 import read_dinov2
 from .stable_diffusion import read_mlp
@@ -50,7 +50,7 @@ class ReferenceEncoder(RefineByAlign):
         if "projector.1.weight" not in tensors or tensors["projector.1.weight"].ndim != 2:
             raise InputError("mlp", f"in {mlp.name} projector.1.weight is missing or of no such shape", "give the .mlp.safetensors that `rba convert to-ldm` wrote")
         width, context = encoder.config.hidden_size, len(tensors["projector.1.weight"])
-        projector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, context), nn.GELU(), nn.Linear(context, context))
+        projector = token_mlp(width, context)
         check_layout("mlp", mlp, tensors, {key: value.shape for key, value in projector.state_dict(prefix="projector.").items()})
         projector.load_state_dict({key.removeprefix("projector."): value.float() for key, value in tensors.items()})
         return cls(config, encoder, projector, scheduler).eval()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..alignment import cross_attentions
+from ..alignment import cross_attentions, mean_attention
 from ..collage import match_tone
 from ..data.scenes import Scenes, grid
 from ..model import RefineByAlign
@@ -93,9 +93,7 @@ class RefinerObjective(nn.Module):
     def _attention_loss(self, layer: int, hidden: Tensor, scenes: Scenes, visible: Tensor, embedding: Tensor) -> Tensor:
         """Cross-entropy of each cell's attention, and of Eq. 5's sum over the mask, to the known flow."""
         attn = self.attention_layers[layer]
-        query = attn.to_q(hidden).unflatten(-1, (attn.heads, -1)).transpose(1, 2).float()
-        key = attn.to_k(embedding).unflatten(-1, (attn.heads, -1)).transpose(1, 2).float()
-        attention = (query @ key.mT * attn.scale).softmax(-1).mean(1)
+        attention = mean_attention(attn.to_q(hidden), attn.to_k(embedding), attn.heads)
         side = round(hidden.shape[1] ** 0.5)
         target = token_targets(scenes.flow, visible, side)
         cells = -(target * (attention + 1e-6).log()).sum() / target.sum().clamp(min=1)

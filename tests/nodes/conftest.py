@@ -32,6 +32,18 @@ def inputs(scene):
 
 
 @pytest.fixture
+def whole(nodes, loaded, inputs):
+    """The whole object, encoded."""
+    return nodes.alignment.EncodeReference.execute(loaded, inputs["reference"], inputs["reference_mask"])[0]
+
+
+@pytest.fixture
+def zoomed(nodes, loaded, inputs):
+    """The crop to align: (crop, its mask, its box)."""
+    return nodes.refinement.ZoomCrop.execute(loaded, inputs["image"], inputs["mask"], "alignment", 0.0).args
+
+
+@pytest.fixture
 def defaults(nodes):
     """`defaults(node, **changes)`: a value for each widget of a node."""
 

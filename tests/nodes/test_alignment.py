@@ -11,11 +11,6 @@ from rba_core.reference_encoding import encode_reference
 from rba_core.zoom_crop import zoom_crop
 
 
-@pytest.fixture
-def whole(nodes, loaded, inputs):
-    return nodes.alignment.EncodeReference.execute(loaded, inputs["reference"], inputs["reference_mask"])[0]
-
-
 def peaked_map():
     raw = torch.full((1, 16, 16), 0.001)
     raw[0, 5:8, 8:11] = 0.08
@@ -29,12 +24,6 @@ def agreeing(shift=0.0):
     rows = torch.full((64, 256), 1e-4)
     rows[torch.arange(64), (token[:, None] * 16 + token).flatten()] = 1
     return rows / rows.sum(1, keepdim=True)
-
-
-@pytest.fixture
-def zoomed(nodes, loaded, inputs):
-    """The crop to align: (crop, its mask, its box)."""
-    return nodes.refinement.ZoomCrop.execute(loaded, inputs["image"], inputs["mask"], "alignment", 0.0).args
 
 
 @pytest.fixture
@@ -182,7 +171,7 @@ def test_register_is_the_library_s(registered, same_product, nodes):
     assert collage.shape == (1, crop.box.height, crop.box.width, 3) and torch.equal(collage[0].movedim(-1, 0), expected.picture)
     assert torch.equal(shown[0], expected.valid) and torch.equal(matched[0], region.mask) and torch.equal(guide[0], grow(region, 0.12))
     assert confidence == expected.confidence > 0.8
-    drawn = draw_matches(image, crop, reference, expected, nodes.alignment.MATCHES)
+    drawn = draw_matches(image, crop, reference, expected)
     assert torch.equal(matches[0].movedim(-1, 0), drawn)
 
 

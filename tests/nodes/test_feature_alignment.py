@@ -23,12 +23,6 @@ def clip_vision(model_type="dinov2"):
 
 
 @pytest.fixture
-def zoomed(nodes, loaded, inputs):
-    """The crop to align: (crop, its mask, its box)."""
-    return nodes.refinement.ZoomCrop.execute(loaded, inputs["image"], inputs["mask"], "alignment", 0.0).args
-
-
-@pytest.fixture
 def align(nodes, inputs, zoomed, defaults):
     node = nodes.feature_alignment.AlignDINOv2
 

@@ -87,16 +87,6 @@ class Vae:
 
 
 @pytest.fixture
-def whole(nodes, loaded, inputs):
-    return nodes.alignment.EncodeReference.execute(loaded, inputs["reference"], inputs["reference_mask"])[0]
-
-
-@pytest.fixture
-def zoomed(nodes, loaded, inputs):
-    return nodes.refinement.ZoomCrop.execute(loaded, inputs["image"], inputs["mask"], "alignment", 0.0).args
-
-
-@pytest.fixture
 def aligned(nodes, make_model, whole, zoomed, defaults):
     """`aligned(native, **changes)`: (map, attention) of Align (native model)."""
 
@@ -129,10 +119,11 @@ def test_nothing_after_the_layer_runs_and_nothing_stays(nodes, model, whole, zoo
     assert patcher.patches == before and not native.loaded
 
 
-def test_batch(aligned, model, zoomed, whole):
+def test_batch_with_progress(nodes, aligned, model, zoomed):
     both = torch.cat([zoomed[0], zoomed[0].flip(2)])
     raw, attention = aligned(NativeModel(model), crop=both)
     assert raw.shape == (2, 16, 16) and len(attention) == 2
+    assert [done for done, _ in nodes.types.comfy.utils.ProgressBar.made[-1].updates] == [1, 2]
     assert torch.equal(raw[:1], aligned(NativeModel(model))[0]) and not torch.equal(raw[0], raw[1])
 
 

@@ -6,10 +6,9 @@ from rba_core.overlay import attention_picture, outline
 
 
 @pytest.fixture
-def aligned(nodes, loaded, inputs, defaults):
+def aligned(nodes, loaded, inputs, whole, zoomed, defaults):
     """Crop, attention and what they came from, as the nodes hand them on."""
-    crop, crop_mask, box = nodes.refinement.ZoomCrop.execute(loaded, inputs["image"], inputs["mask"], "alignment", 0).args
-    whole = nodes.alignment.EncodeReference.execute(loaded, inputs["reference"], inputs["reference_mask"])[0]
+    crop, crop_mask, box = zoomed
     raw, attention = nodes.alignment.Align.execute(loaded, crop, crop_mask, whole, **defaults(nodes.alignment.Align)).args
     return {"crop": crop, "attention": attention, "encoded_reference": whole, "reference": inputs["reference"], "crop_mask": crop_mask, "bounding_box": box, "raw": raw}
 
