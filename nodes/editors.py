@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..rba_core.editing import find_match, reference_crop, stitcher
 from ..rba_core.pipeline import Settings
 from ..rba_core.zoom_crop import crop_box, zoom_crop
-from .alignment import on_flat_input, reference_mask_input, seed_input
 from .api import io
+from .inputs import on_flat_input, reference_mask_input, seed_input
 from .types import CATEGORY, BatchProgress, Model, crops_out, delivered, masks, object_masks, on_device, pictures, together
 
 EDITORS = f"{CATEGORY}/editors"

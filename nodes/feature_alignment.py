@@ -16,8 +16,9 @@ from ..rba_core.feature_alignment import DINOV2_TOKENS, FeatureAligner, Features
 from ..rba_core.geometry import Box, resize
 from ..rba_core.refinement import Progress
 from ..rba_core.zoom_crop import ZoomCrop
-from .alignment import map_outputs, maps_and_attentions, seed_input
+from .alignment import map_outputs, maps_and_attentions
 from .api import io
+from .inputs import seed_input
 from .native_call import Look, looked_into
 from .types import NATIVE, BatchProgress, Model, Reference, image_of, masks, object_masks, on_device, pictures, plain, square_side, together
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..rba_core.alignment import Reached, mean_attention, noise_like
 from ..rba_core.errors import InputError
 from ..rba_core.native import LAYERS, MLP, inpainting, noise_sigma
-from .alignment import crop_inputs, map_outputs, maps_and_attentions, noise_level_input, none_below_zero, seed_input
+from .alignment import map_outputs, maps_and_attentions
 from .api import io
+from .inputs import crop_inputs, noise_level_input, none_below_zero, seed_input
 from .loading import FOLDER, patcher_of
 from .native_call import looked_into
 from .types import NATIVE, BatchProgress, Model, Reference, encoded, image_of, masks, pictures, square_side, together

@@ -9,69 +9,17 @@ from ..rba_core.drift import estimate_drift, undo_drift
 from ..rba_core.errors import InputError
 from ..rba_core.pipeline import ALIGNERS, Settings, refine_by_align
 from ..rba_core.postprocessing import CleaningSettings
-from ..rba_core.refinement import SCHEDULERS, default_strength, refine
+from ..rba_core.refinement import default_strength, refine
 from ..rba_core.stitch import stitch
 from ..rba_core.zoom_crop import zoom_crop
-from .alignment import (
-    bounding_box_input, cleaning_inputs, crop_inputs, layer_input, margin_input, min_confidence_input, noise_level_input, none_below_zero, on_flat_input,
-    reference_mask_input, seed_input, timestep_input,
-)
 from .api import io
+from .inputs import (
+    bounding_box_input, cleaning_inputs, collage_inputs, context_input, crop_inputs, detail_transfer_input, layer_input, margin_input, min_confidence_input,
+    noise_level_input, none_below_zero, on_flat_input, reference_mask_input, sampling, sampling_inputs, stitching_inputs, strength_input, timestep_input,
+)
 from .types import (
     CATEGORY, BatchProgress, Model, Reference, boxes_in, collages, crops_out, delivered, encoded, image_of, mask_batch, masks, model_crop, object_masks, on_device, pictures, put_back, together,
 )
-
-
-def sampling_inputs():
-    return [
-        seed_input("Seed of the noise that the redrawing starts from. The same seed gives the same result; change it to get another try."),
-        io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Denoising steps. 0: the model's own number."),
-        io.Float.Input(
-            "guidance", default=0.0, min=0.0, max=20.0, step=0.1,
-            tooltip="Classifier-free guidance: how strongly the reference is followed. 1 turns it off and halves the time. 0: the model's own value.",
-        ),
-        io.Combo.Input("scheduler", options=["default", *SCHEDULERS], default="default", advanced=True, tooltip="The sampling method. default: the model's own."),
-    ]
-
-
-def sampling(steps: int, guidance: float, scheduler: str) -> dict:
-    """What `sampling_inputs` say, as `refine` takes it: `None` is the model's own."""
-    return {"steps": steps or None, "guidance": guidance or None, "scheduler": None if scheduler == "default" else scheduler}
-
-
-def context_input(name: str = "context", crop: str = "crop"):
-    return io.Float.Input(
-        name, default=0.0, min=0.0, max=20.0, step=0.1, advanced=True,
-        tooltip=f"Side of the {crop} in sides of the mask: 2 shows as much again around it. 0: the model's own.",
-    )
-
-
-def collage_inputs():
-    return [
-        io.Image.Input("collage", optional=True, tooltip="The reference as it lies over the crop, from Register."),
-        io.Mask.Input("collage_mask", optional=True, tooltip="Where the collage counts, from Register; all black: nowhere. Without it, everywhere."),
-    ]
-
-
-def strength_input():
-    return io.Float.Input(
-        "strength", default=-1.0, min=-1.0, max=1.0, step=0.05, advanced=True,
-        tooltip="How far the redrawing may depart from the registered reference, 0 (as it is) to 1 (a hint only). -1: the less, the higher the confidence.",
-    )
-
-
-def detail_transfer_input():
-    return io.Float.Input(
-        "detail_transfer", default=Settings().detail_transfer, min=0.0, max=1.0, step=0.05,
-        tooltip="How much of the fine detail of the registered reference is carried into the redrawn part. 0: only what the model drew, as in the paper.",
-    )
-
-
-def stitching_inputs():
-    return [
-        io.Float.Input("feather", default=Settings().feather, min=0.0, max=100.0, step=0.5, advanced=True, tooltip="Width of the blend at the mask's edge, in pixels of the image, inside the mask."),
-        io.Boolean.Input("colour_match", default=True, advanced=True, tooltip="Shift the redrawn part's tone to agree with what surrounds it."),
-    ]
 
 
 class ZoomCrop(io.ComfyNode):

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ..rba_core.errors import InputError
 from ..rba_core.overlay import attention_picture, outline
-from .alignment import bounding_box_input
 from .api import io, ui
+from .inputs import bounding_box_input
 from .types import CATEGORY, Attention, Placement, Reference, boxes_in, encoded, image_of, mask_batch, pictures, together
 
 
