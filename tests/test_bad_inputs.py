@@ -193,11 +193,18 @@ def test_align_refuses_alike(place, capsys, what):
     assert listing(place) == before
 
 
+@pytest.fixture(scope="module")
+def results() -> dict[str, np.ndarray]:
+    return {}
+
+
 @pytest.fixture
-def right(place) -> np.ndarray:
-    """The result of the good inputs."""
-    assert refine(output="right.png") == 0
-    return np.asarray(Image.open("right.png"))
+def right(place, results) -> np.ndarray:
+    """The result of the good inputs, computed once."""
+    if "right" not in results:
+        assert refine(output="right.png") == 0
+        results["right"] = np.asarray(Image.open("right.png"))
+    return results["right"]
 
 
 def result() -> np.ndarray:

@@ -129,7 +129,7 @@ def test_json_is_the_one_line_on_stdout(rba, loaded, scene, capsys):
 
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(rba):
     for name, seed in (("a.png", "1"), ("b.png", "1"), ("c.png", "2")):
-        assert rba("refine", "-o", name, "--seed", seed) == 0
+        assert rba("refine", "-o", name, "--seed", seed, "--no-register") == 0
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
     assert not np.array_equal(pixels("a.png"), pixels("c.png"))
 
@@ -180,7 +180,7 @@ def test_the_alpha_of_a_cut_out_reference_is_its_mask(rba, scene):
 
 @pytest.mark.parametrize("suffix", ["webp", "tif", "bmp"])
 def test_other_lossless_formats_keep_the_surround_too(rba, scene, suffix):
-    assert rba("refine", "-o", f"out.{suffix}") == 0
+    assert rba("refine", "-o", f"out.{suffix}", "--no-register") == 0
     outside = scene.mask.numpy() < 0.5
     assert np.array_equal(pixels(f"out.{suffix}")[outside], pixels("image.png")[outside])
 
@@ -317,12 +317,12 @@ def test_several_references(files, scene, capsys, monkeypatch):
 
 
 def test_layer_noise_threshold_and_seed_change_the_map(rba):
-    assert rba("align", "-o", "m.png", "--raw", "default.png") == 0
+    assert rba("align", "-o", "m.png", "--raw", "default.png", "--no-register") == 0
     for options in ("--layer 8", "--timestep 40", "--noise-level 0.3", "--seed 1"):
-        assert rba("align", "-o", "m.png", "--raw", "other.png", "--threshold", "0.9", *options.split()) in (0, 2)
+        assert rba("align", "-o", "m.png", "--raw", "other.png", "--threshold", "0.9", "--no-register", *options.split()) in (0, 2)
         assert not np.array_equal(pixels("default.png"), pixels("other.png")), options
-    assert rba("align", "-o", "low.png", "--threshold", "0.2") == 0
-    assert rba("align", "-o", "high.png", "--threshold", "0.9") == 0
+    assert rba("align", "-o", "low.png", "--threshold", "0.2", "--no-dense", "--no-register") == 0
+    assert rba("align", "-o", "high.png", "--threshold", "0.9", "--no-dense", "--no-register") == 0
     assert pixels("low.png").sum() > pixels("high.png").sum()
 
 

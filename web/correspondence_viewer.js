@@ -15,7 +15,7 @@ const ACCENT = "#35c4ff";
 const WORDS = {
   en: { empty: "Run the workflow, then point at the crop.", hint: "Point at the crop. A click holds the point.", peak: "of the attention on its strongest token", ring: "ring: where the placement says", pair: "pair" },
   zh: { empty: "先运行工作流，再把鼠标移到裁剪图上。", hint: "把鼠标移到裁剪图上；单击可固定该点。", peak: "的注意力落在最强的标记上", ring: "圆环：placement 给出的位置", pair: "第" },
-  ja: { empty: "ワークフローを実行してから、クロップにポインターを合わせてください。", hint: "クロップにポインターを合わせます。クリックで点を固定します。", peak: "の注意が最も強いトークンに集中", ring: "輪：placement が示す位置", pair: "組" },
+  ja: { empty: "ワークフローを実行してから、クロップにポインターを合わせてください。", hint: "クロップにポインターを合わせます。クリックで点を固定します。", peak: "のアテンションが最も強いトークンに集中", ring: "輪：placement が示す位置", pair: "組" },
 };
 
 const words = () => WORDS[(app.extensionManager?.setting?.get("Comfy.Locale") ?? "en").split("-")[0]] ?? WORDS.en;

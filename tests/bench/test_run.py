@@ -172,10 +172,23 @@ def test_two_processes_give_the_same_as_one(small_set, model, tmp_path):
 
 
 @pytest.fixture
-def command(small_set, tmp_path):
+def options(small_set, tmp_path):
+    return lambda out: ["bench", "run", str(small_set), "--methods", "none,telea,sift-warp", "-o", str(tmp_path / out)]
+
+
+@pytest.fixture
+def command(options):
+    """`command(out)` runs it here."""
+    return lambda out: cli.main(options(out))
+
+
+@pytest.fixture
+def launched(options):
+    """`launched(out, *prefix)` starts it in a process of its own."""
+
     def start(out: str, *prefix: str) -> subprocess.Popen:
-        options = ["bench", "run", str(small_set), "--methods", "none,telea,sift-warp", "-o", str(tmp_path / out)]
-        return subprocess.Popen([sys.executable, "-m", *prefix, "rba_core.cli", *options], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}, stdout=subprocess.DEVNULL)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        return subprocess.Popen([sys.executable, "-m", *prefix, "rba_core.cli", *options(out)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
 
     return start
 
@@ -194,17 +207,17 @@ def test_accelerate_starts_processes_with_shares_of_their_own(tmp_path):
     assert bench.Share.of_this_process() == bench.Share(0, 1)
 
 
-def test_a_killed_run_goes_on_and_accelerate_shares_it(command, tmp_path):
+def test_a_killed_run_goes_on_and_accelerate_shares_it(command, launched, tmp_path):
     """Real processes: one killed after its first item and started anew, and two under accelerate, against one left alone."""
     pytest.importorskip("accelerate")
-    killed = command("killed")
+    killed = launched("killed")
     deadline = time.time() + 120
     while not (tmp_path / "killed" / "small" / "000000.json").exists() and time.time() < deadline:
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "killed" / "small.json").exists()
-    assert command("alone").wait() == 0 and command("killed").wait() == 0 and command("two", *TWO, "-m").wait() == 0
+    assert command("alone") == command("killed") == 0 and launched("two", *TWO, "-m").wait() == 0
     alone, resumed, two = (json.loads((tmp_path / name / "small.json").read_text()) for name in ("alone", "killed", "two"))
     assert figures(resumed) == figures(alone) == figures(two) and len(alone["items"]) == 6
     assert (tmp_path / "two" / "report.html").exists() and (tmp_path / "two" / "small.jpg").exists()

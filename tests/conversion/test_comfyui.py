@@ -1,4 +1,4 @@
-"""What is exported, in a real ComfyUI: its detection and its networks, run in a process of its own."""
+"""What is exported, in a real ComfyUI: its detection and its networks, run in a process of its own, one for all tests."""
 
 from __future__ import annotations
 
@@ -21,29 +21,48 @@ from rba_core.reference_encoding import EncodedReference
 from rba_core.zoom_crop import ZoomCrop
 
 START = """
-import json, sys
+import contextlib, io, json, sys, traceback
 import torch
 from safetensors.torch import load_file, save_file
-folder, pack, sys.argv = *sys.argv[1:], ["main.py", "--cpu"]
+pack, sys.argv = sys.argv[1], ["main.py", "--cpu"]
 import comfy.options
 comfy.options.enable_args_parsing()
 import comfy.model_detection, comfy.ops, comfy.sd, comfy.utils
+
+for line in sys.stdin:
+    script, folder = json.loads(line)
+    problem = None
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        try:
+            exec(script, globals() | {"folder": folder})
+        except Exception:
+            problem = traceback.format_exc()
+    print(json.dumps([told.getvalue(), problem]), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
-def in_comfyui():
-    """`in_comfyui(script, folder)` runs a script in ComfyUI's own Python; the script knows the folder as `folder`."""
+def in_comfyui(tmp_path_factory):
+    """`in_comfyui(script, folder)` runs a script in ComfyUI's own Python; the script knows the folder as `folder`. What it printed."""
     comfyui = find_comfyui()
     if comfyui is None:
         pytest.skip("no ComfyUI here: set COMFYUI_PATH")
 
-    def run(script: str, folder: Path) -> str:
-        done = subprocess.run([find_python(comfyui), "-c", START + script, str(folder), str(PACK)], cwd=comfyui, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return done.stdout
+    complaints = tmp_path_factory.mktemp("comfyui") / "stderr"
 
-    return run
+    with open(complaints, "w") as errors:
+        process = subprocess.Popen([find_python(comfyui), "-c", START, str(PACK)], cwd=comfyui, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+
+    def run(script: str, folder: Path) -> str:
+        print(json.dumps([script, str(folder)]), file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+        assert answer, complaints.read_text(errors="replace")[-4000:]
+        told, problem = json.loads(answer)
+        assert problem is None, problem
+        return told
+
+    yield run
+    process.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")
