@@ -24,6 +24,8 @@ ROUNDS, CUTS = (12, 12, 8, 8), (0.2, 0.1, 0.1, 0.07)
 """Of each fit, see `View.fit`."""
 CAST_SIZE = 128
 """The same for the cast: coarse enough that noise is averaged out, fine enough that the mean of a curved tone is that of the mean."""
+CLIPPED = 0.3
+"""Share of black or white pixels from which on a cell of that size says nothing. Lower, noise in the shadows would leave too few."""
 MARGIN = 1 / 64
 """Editors redraw a little beyond the mask; of the crop's side."""
 FARTHEST = 0.06, 0.1
@@ -72,6 +74,7 @@ def estimate_drift(redrawn: Tensor, original: Tensor, mask: Tensor) -> Drift:
     """
     finest = SIZES[-1]
     shown, wanted = (resize(picture.cpu().float(), finest, finest) for picture in (redrawn, original))
+    clipped = resize((redrawn.cpu().float() - 0.5).abs().gt(0.498).float(), finest, finest)
     hole = F.interpolate((mask.cpu() > 0.5).float()[None, None], (finest, finest), mode="bilinear", antialias=True)[0, 0]
     reach = max(1, round(MARGIN * finest))
     hole = F.max_pool2d((hole > 0).float()[None], 2 * reach + 1, 1, reach)[0]
@@ -93,10 +96,10 @@ def estimate_drift(redrawn: Tensor, original: Tensor, mask: Tensor) -> Drift:
     if (shift.abs().max() + abs(zoom - 1) / 2) * 512 > NOTICED[0] and after > before:
         x, y = shift.tolist()
         drift = Drift((x * finest, y * finest), zoom, agreement=(before, after))
-        shown = undo_drift(shown, drift)
+        shown, clipped = undo_drift(shown, drift), undo_drift(clipped, drift)
         drift = replace(drift, shift=(x * redrawn.shape[2], y * redrawn.shape[1]))
     view = _view(shown, wanted, hole, CAST_SIZE)
-    gain, offset, gamma = _cast(view, _trust(view, middle[None])[0])
+    gain, offset, gamma = _cast(view, _trust(view, middle[None])[0], F.adaptive_avg_pool2d(clipped, CAST_SIZE))
     return replace(drift, gain=gain, offset=offset, gamma=gamma)
 
 
@@ -136,12 +139,12 @@ def _agreement(view: View, warp: Tensor) -> float:
     return float((view.local_correlation(warp)[1][0] * counts).sum() / (counts.sum() + FAINT * weight.sum()))
 
 
-def _cast(view: View, trust: Tensor) -> tuple[tuple[float, ...], ...]:
-    """Gain, offset and gamma of each channel, by a fit that outliers hardly sway. Clipped pixels know nothing of them. Flat areas,
-    which earn no trust, count a little."""
+def _cast(view: View, trust: Tensor, clipped: Tensor) -> tuple[tuple[float, ...], ...]:
+    """Gain, offset and gamma of each channel, by a fit that outliers hardly sway. Where much is `clipped`, `[3, S, S]`, in 0 to 1,
+    nothing can be known of them. Flat areas, which earn no trust, count a little."""
     casts = []
-    for drifted, given in zip(view.layers, view.target):
-        known = (view.near > 0) & (drifted > 1 / 255) & (drifted < 254 / 255)
+    for drifted, given, lost in zip(view.layers, view.target, clipped):
+        known = (view.near > 0) & (lost < CLIPPED)
         y, x, weight = (values[known].double().numpy() for values in (drifted, given, (0.05 + trust).sqrt()))
         gain, offset, log_gamma = 1.0, 0.0, 0.0
         if len(x) > 16:

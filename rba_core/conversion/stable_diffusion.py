@@ -117,6 +117,7 @@ def import_sd15(checkpoint: str | Path, folder: str | Path, dinov2: str | Path, 
     names, aside = _names(checkpoint, unet, vae)
     with torch.device("meta"):
         encoder = empty_dinov2(open_dinov2(dinov2)[0])
+    encoder.config.dtype = "float32"  # a folder's may tell of half, to which transformers would then round what is read
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = RefineByAlign(settings, vae, unet, encoder, scheduler)
