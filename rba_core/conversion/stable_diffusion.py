@@ -158,10 +158,10 @@ def _opened(checkpoint: Path) -> dict[str, Tensor]:
     tensors = {}
     for prefix, name in ((UNET, "unet"), (VAE, "vae")):
         files = [checkpoint / name / f"diffusion_pytorch_model{suffix}" for suffix in (".safetensors", ".fp16.safetensors", ".bin")]
-        found = next((file for file in files if file.is_file()), None)
-        if found is None:
+        found = next(([file] for file in files if file.is_file()), None) or sorted((checkpoint / name).glob("diffusion_pytorch_model-*.safetensors"))
+        if not found:
             raise InputError("checkpoint", f"{checkpoint} has no {name}/{files[0].name}", "give a folder of diffusers with unet/ and vae/")
-        tensors |= {prefix + _present(key): value for key, value in open_weights("checkpoint", found).items()}
+        tensors |= {prefix + _present(key): value for key, value in open_weights("checkpoint", *found).items()}
     return tensors
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from rba_core import cli
 from rba_core.alignment import cross_attentions
-from rba_core.conversion import export_ldm, import_sd15
+from rba_core.conversion import export_ldm, import_sd15, weights
 from rba_core.conversion import stable_diffusion as conversion
 from rba_core.conversion.dinov2 import read_dinov2
 from rba_core.errors import InputError
@@ -148,20 +148,32 @@ def test_a_folder_of_diffusers_gives_the_same_model(imported, small, dinov2, tmp
         assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items() if key.startswith(part))
 
 
+def test_a_folder_in_several_files_is_the_same_model_and_is_read_again(imported, small, dinov2, tmp_path, monkeypatch):
+    tensors, model = imported
+    monkeypatch.setattr(weights, "LARGEST_FILE", 2**20)
+    save_file(tensors, tmp_path / "sd.safetensors")
+    import_sd15(tmp_path / "sd.safetensors", tmp_path / "several", dinov2, config=small)
+    assert all(len([*(tmp_path / "several" / part).glob("*-of-*.safetensors")]) > 1 for part in ("unet", "vae"))
+    import_sd15(tmp_path / "several", tmp_path / "again", tmp_path / "several" / "encoder", config=small)
+    for folder in ("several", "again"):
+        state = RefineByAlign.load(tmp_path / folder).state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
 def test_a_dinov2_folder_in_half_precision_is_not_rounded_again(small, dinov2, tmp_path):
     """Its config tells transformers to load in half; what is written is not."""
     encoder = read_dinov2(dinov2)
     with quiet():
         encoder.half().save_pretrained(tmp_path / "hub")
     assert "float16" in (tmp_path / "hub" / "config.json").read_text()
-    weights = {key: value.float() * 1.0001 for key, value in load_file(tmp_path / "hub" / "model.safetensors").items()}
-    save_file(weights, tmp_path / "hub" / "model.safetensors", {"format": "pt"})
+    other = {key: value.float() * 1.0001 for key, value in load_file(tmp_path / "hub" / "model.safetensors").items()}
+    save_file(other, tmp_path / "hub" / "model.safetensors", {"format": "pt"})
     save_file(ldm(4), tmp_path / "sd.safetensors")
     import_sd15(tmp_path / "sd.safetensors", tmp_path / "model", tmp_path / "hub", config=small)
     written = load_file(tmp_path / "model" / "encoder" / "model.safetensors")
-    assert written.keys() == weights.keys() and all(torch.equal(value, weights[key]) for key, value in written.items())
+    assert written.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in written.items())
     loaded = RefineByAlign.load(tmp_path / "model").encoder
-    assert loaded.dtype == torch.float32 and torch.equal(loaded.embeddings.position_embeddings, weights["embeddings.position_embeddings"])
+    assert loaded.dtype == torch.float32 and torch.equal(loaded.embeddings.position_embeddings, other["embeddings.position_embeddings"])
     assert str(tmp_path) not in (tmp_path / "model" / "encoder" / "config.json").read_text()
 
 
