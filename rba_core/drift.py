@@ -26,6 +26,8 @@ CAST_SIZE = 128
 """The same for the cast: coarse enough that noise is averaged out, fine enough that the mean of a curved tone is that of the mean."""
 CLIPPED = 0.3
 """Share of black or white pixels from which on a cell of that size says nothing. Lower, noise in the shadows would leave too few."""
+END = 2 / 255
+"""So near to black or white a colour is held, in part, for clipped."""
 MARGIN = 1 / 64
 """Editors redraw a little beyond the mask; of the crop's side."""
 FARTHEST = 0.06, 0.1
@@ -45,6 +47,8 @@ class Drift:
 
     shift       (x, y), pixels of the redrawn crop
     gain        of red, green and blue; offset likewise, in [-1, 1], and gamma
+    black       of each channel, what the original has on average where the redrawn crop is 0: it was clipped, and what it was is lost;
+                white likewise, where it is 1
     agreement   correlation of the surround's detail with the original, at most 1: as redrawn, and with the drift undone
     """
 
@@ -53,6 +57,8 @@ class Drift:
     gain: tuple[float, ...] = (1.0, 1.0, 1.0)
     offset: tuple[float, ...] = (0.0, 0.0, 0.0)
     gamma: tuple[float, ...] = (1.0, 1.0, 1.0)
+    black: tuple[float, ...] = (0.0, 0.0, 0.0)
+    white: tuple[float, ...] = (1.0, 1.0, 1.0)
     agreement: tuple[float, float] = (0.0, 0.0)
 
     @property
@@ -99,8 +105,8 @@ def estimate_drift(redrawn: Tensor, original: Tensor, mask: Tensor) -> Drift:
         shown, clipped = undo_drift(shown, drift), undo_drift(clipped, drift)
         drift = replace(drift, shift=(x * redrawn.shape[2], y * redrawn.shape[1]))
     view = _view(shown, wanted, hole, CAST_SIZE)
-    gain, offset, gamma = _cast(view, _trust(view, middle[None])[0], F.adaptive_avg_pool2d(clipped, CAST_SIZE))
-    return replace(drift, gain=gain, offset=offset, gamma=gamma)
+    gain, offset, gamma, black, white = _cast(view, _trust(view, middle[None])[0], F.adaptive_avg_pool2d(clipped, CAST_SIZE))
+    return replace(drift, gain=gain, offset=offset, gamma=gamma, black=black, white=white)
 
 
 def undo_drift(redrawn: Tensor, drift: Drift) -> Tensor:
@@ -113,8 +119,11 @@ def undo_drift(redrawn: Tensor, drift: Drift) -> Tensor:
         channels = [ndimage.affine_transform(channel, [drift.zoom] * 2, start, mode="nearest") for channel in redrawn.cpu().double().numpy()]
         undone = torch.from_numpy(np.stack(channels)).to(redrawn)
     if drift.tinted:
-        gain, offset, gamma = (torch.tensor(values).to(redrawn)[:, None, None] for values in (drift.gain, drift.offset, drift.gamma))
-        undone = ((undone - offset) / gain).clamp(min=0) ** (1 / gamma)
+        casts = drift.gain, drift.offset, drift.gamma, drift.black, drift.white
+        gain, offset, gamma, black, white = (torch.tensor(values).to(redrawn)[:, None, None] for values in casts)
+        shown = undone.clamp(0, 1)
+        dark, light, undone = (((colour - offset) / gain).clamp(min=0) ** (1 / gamma) for colour in (0, 1, shown))
+        undone = undone + (1 - shown / END).clamp(min=0) * (black - dark) + (1 - (1 - shown) / END).clamp(min=0) * (white - light)
     return redrawn if undone is redrawn else undone.clamp(0, 1)
 
 
@@ -140,8 +149,8 @@ def _agreement(view: View, warp: Tensor) -> float:
 
 
 def _cast(view: View, trust: Tensor, clipped: Tensor) -> tuple[tuple[float, ...], ...]:
-    """Gain, offset and gamma of each channel, by a fit that outliers hardly sway. Where much is `clipped`, `[3, S, S]`, in 0 to 1,
-    nothing can be known of them. Flat areas, which earn no trust, count a little."""
+    """Gain, offset, gamma, black and white of each channel, by a fit that outliers hardly sway. Where much is `clipped`, `[3, S, S]`,
+    in 0 to 1, nothing can be known of the former three. Flat areas, which earn no trust, count a little."""
     casts = []
     for drifted, given, lost in zip(view.layers, view.target, clipped):
         known = (view.near > 0) & (lost < CLIPPED)
@@ -155,8 +164,12 @@ def _cast(view: View, trust: Tensor, clipped: Tensor) -> tuple[tuple[float, ...]
                 return np.append(weight * (fit[0] * np.exp(x * np.exp(fit[2])) + fit[1] - y), (steady * (fit[0] - 1), steady * fit[2]))
 
             gain, offset, log_gamma = optimize.least_squares(residual, (1.0, 0.0, 0.0), loss="soft_l1", f_scale=0.02).x
-        casts.append((float(gain), float(offset), float(np.exp(log_gamma))))
+        gamma = np.exp(log_gamma)
+        dark, light = (max(0, (end - offset) / gain) ** (1 / gamma) for end in (0, 1))
+        ends = [given[(view.near > 0) & (lost > 0.9) & (drifted.round() == end)] for end in (0, 1)]
+        black, white = (bound(float(end.mean()), known) if len(end) > 16 else known for bound, end, known in zip((min, max), ends, (dark, light)))
+        casts.append((float(gain), float(offset), float(gamma), float(black), float(white)))
     greys = np.linspace(0, 1, 9)
-    if max(np.abs(gain * greys**gamma + offset - greys).max() for gain, offset, gamma in casts) < NOTICED[1]:
-        return Drift.gain, Drift.offset, Drift.gamma
+    if max(np.abs(gain * greys**gamma + offset - greys).max() for gain, offset, gamma, *_ in casts) < NOTICED[1]:
+        return Drift.gain, Drift.offset, Drift.gamma, Drift.black, Drift.white
     return tuple(zip(*casts))
