@@ -86,6 +86,16 @@ def test_casts_of_every_kind_are_undone_in_eight_bits(seed):
     assert (undo_drift(given, drift) - contrasty)[:, kept].abs().mean() < 1 / 255
 
 
+def test_a_white_background_that_was_clipped_is_white_again():
+    original, redrawn = ORIGINAL.clone(), REDRAWN.clone()
+    original[:, :, 210:], redrawn[:, :, 210:], redrawn[:, 100:140, 120:160] = 1, 1, 1
+    given = edited(redrawn, gain=(1.03, 1.0, 0.98), offset=(0.05, 0.06, 0.04))
+    assert (given[:, :, 210:] == 1).all()  # no gain and no offset makes that of it
+    undone = undo_drift(given, estimate_drift(given, original, MASK))
+    assert (undone - original)[:, around(1)].abs().mean() < 1 / 255
+    assert (undone - 1)[:, 102:138, 122:158].abs().max() < 1 / 255
+
+
 @pytest.mark.parametrize("kind", ["other", "flat", "flat and noisy", "blurred", "no surroundings"])
 def test_what_cannot_be_told_is_left_alone(kind):
     noise = 0.01 * torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
