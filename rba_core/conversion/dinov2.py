@@ -63,10 +63,6 @@ def read_dinov2(source: str | Path) -> Dinov2Model | Dinov2WithRegistersModel:
         return KINDS[type(config)].from_pretrained(None, config=config, state_dict={key: value.float() for key, value in state.items()}, local_files_only=True).eval()
 
 
-def empty_dinov2(config: Dinov2Config | Dinov2WithRegistersConfig) -> Dinov2Model | Dinov2WithRegistersModel:
-    return KINDS[type(config)](config)
-
-
 def open_dinov2(source: str | Path) -> tuple[Dinov2Config | Dinov2WithRegistersConfig, dict[str, Tensor]]:
     """The config and the mapped tensors, by transformers' names, of a DINOv2 of any size, with registers or without: from a folder of
     transformers, or from one file in the layout of transformers, of ComfyUI's CLIP_VISION (the same) or of the original repository.

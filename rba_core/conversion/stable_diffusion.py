@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model import ModelConfig, RefineByAlign, quiet, read_config
-from .dinov2 import HEAD_WIDTH, empty_dinov2, open_dinov2
+from .dinov2 import HEAD_WIDTH, KINDS, open_dinov2
 from .weights import check_layout, open_weights, write_model
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -115,8 +115,9 @@ def import_sd15(checkpoint: str | Path, folder: str | Path, dinov2: str | Path, 
         settings, scheduler, projector = read_mlp(Path(mlp))
 
     names, aside = _names(checkpoint, unet, vae)
+    sizes = open_dinov2(dinov2)[0]
     with torch.device("meta"):
-        encoder = empty_dinov2(open_dinov2(dinov2)[0])
+        encoder = KINDS[type(sizes)](sizes)
     encoder.config.dtype = "float32"  # a folder's may tell of half, to which transformers would then round what is read
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
