@@ -69,7 +69,7 @@ def test_where_only_the_colour_drifted_nothing_is_resampled():
     assert (undo_drift(given, drift) - ORIGINAL)[:, around(1)].abs().mean() < 0.5 / 255
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_casts_of_every_kind_are_undone_in_eight_bits(seed):
     """Gain, offset and gamma of each channel; shadows and lights that were clipped are lost, and do not mislead."""
     rng = np.random.default_rng(seed)
