@@ -1,6 +1,7 @@
 """Drift: what an image editor does to all of a crop beside redrawing the masked part: a small shift, zoom and colour cast.
 
-Around the mask the crop should have come back as it was, so the drift shows there.
+Around the mask the crop should have come back as it was, so the drift shows there. A cast is slope, offset and power of each
+channel, as in the colour decision list of film grading (ASC CDL). What it clipped to black or white cannot come back.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ SIZES = 64, 64, 128, 256
 made agree, for an editor may have redrawn some of the surround, too."""
 ROUNDS, CUTS = (12, 12, 8, 8), (0.2, 0.1, 0.1, 0.07)
 """Of each fit, see `View.fit`."""
+CAST_SIZE = 128
+"""The same for the cast: coarse enough that noise is averaged out, fine enough that the mean of a curved tone is that of the mean."""
+CLIPPED = 0.3
+"""Share of black or white pixels from which on a cell of that size says nothing. Lower, noise in the shadows would leave too few."""
+END = 2 / 255
+"""So near to black or white a colour is held, in part, for clipped."""
 MARGIN = 1 / 64
 """Editors redraw a little beyond the mask; of the crop's side."""
 FARTHEST = 0.06, 0.1
@@ -36,10 +43,12 @@ NOTICED = 0.1, 0.5 / 255
 @dataclass(frozen=True)
 class Drift:
     """What stood at p, pixels from the middle of the crop, an editor shows at `zoom` * p + `shift`, and what had colour c
-    in `gain` * c + `offset`.
+    in `gain` * c ** `gamma` + `offset`.
 
     shift       (x, y), pixels of the redrawn crop
-    gain        of red, green and blue; offset likewise, in [-1, 1]
+    gain        of red, green and blue; offset likewise, in [-1, 1], and gamma
+    black       of each channel, what the original has on average where the redrawn crop is 0: it was clipped, and what it was is lost;
+                white likewise, where it is 1
     agreement   correlation of the surround's detail with the original, at most 1: as redrawn, and with the drift undone
     """
 
@@ -47,6 +56,9 @@ class Drift:
     zoom: float = 1.0
     gain: tuple[float, ...] = (1.0, 1.0, 1.0)
     offset: tuple[float, ...] = (0.0, 0.0, 0.0)
+    gamma: tuple[float, ...] = (1.0, 1.0, 1.0)
+    black: tuple[float, ...] = (0.0, 0.0, 0.0)
+    white: tuple[float, ...] = (1.0, 1.0, 1.0)
     agreement: tuple[float, float] = (0.0, 0.0)
 
     @property
@@ -55,7 +67,7 @@ class Drift:
 
     @property
     def tinted(self) -> bool:
-        return any(gain != 1 or offset != 0 for gain, offset in zip(self.gain, self.offset))
+        return (self.gain, self.offset, self.gamma) != (Drift.gain, Drift.offset, Drift.gamma)
 
 
 def estimate_drift(redrawn: Tensor, original: Tensor, mask: Tensor) -> Drift:
@@ -68,6 +80,7 @@ def estimate_drift(redrawn: Tensor, original: Tensor, mask: Tensor) -> Drift:
     """
     finest = SIZES[-1]
     shown, wanted = (resize(picture.cpu().float(), finest, finest) for picture in (redrawn, original))
+    clipped = resize((redrawn.cpu().float() - 0.5).abs().gt(0.498).float(), finest, finest)
     hole = F.interpolate((mask.cpu() > 0.5).float()[None, None], (finest, finest), mode="bilinear", antialias=True)[0, 0]
     reach = max(1, round(MARGIN * finest))
     hole = F.max_pool2d((hole > 0).float()[None], 2 * reach + 1, 1, reach)[0]
@@ -89,11 +102,11 @@ def estimate_drift(redrawn: Tensor, original: Tensor, mask: Tensor) -> Drift:
     if (shift.abs().max() + abs(zoom - 1) / 2) * 512 > NOTICED[0] and after > before:
         x, y = shift.tolist()
         drift = Drift((x * finest, y * finest), zoom, agreement=(before, after))
-        shown = undo_drift(shown, drift)
+        shown, clipped = undo_drift(shown, drift), undo_drift(clipped, drift)
         drift = replace(drift, shift=(x * redrawn.shape[2], y * redrawn.shape[1]))
-    coarse = _view(shown, wanted, hole, SIZES[0])
-    gain, offset = _cast(coarse, _trust(coarse, middle[None])[0])
-    return replace(drift, gain=gain, offset=offset)
+    view = _view(shown, wanted, hole, CAST_SIZE)
+    gain, offset, gamma, black, white = _cast(view, _trust(view, middle[None])[0], F.adaptive_avg_pool2d(clipped, CAST_SIZE))
+    return replace(drift, gain=gain, offset=offset, gamma=gamma, black=black, white=white)
 
 
 def undo_drift(redrawn: Tensor, drift: Drift) -> Tensor:
@@ -106,8 +119,11 @@ def undo_drift(redrawn: Tensor, drift: Drift) -> Tensor:
         channels = [ndimage.affine_transform(channel, [drift.zoom] * 2, start, mode="nearest") for channel in redrawn.cpu().double().numpy()]
         undone = torch.from_numpy(np.stack(channels)).to(redrawn)
     if drift.tinted:
-        gain, offset = (torch.tensor(values).to(redrawn)[:, None, None] for values in (drift.gain, drift.offset))
-        undone = (undone - offset) / gain
+        casts = drift.gain, drift.offset, drift.gamma, drift.black, drift.white
+        gain, offset, gamma, black, white = (torch.tensor(values).to(redrawn)[:, None, None] for values in casts)
+        shown = undone.clamp(0, 1)
+        dark, light, undone = (((colour - offset) / gain).clamp(min=0) ** (1 / gamma) for colour in (0, 1, shown))
+        undone = undone + (1 - shown / END).clamp(min=0) * (black - dark) + (1 - (1 - shown) / END).clamp(min=0) * (white - light)
     return redrawn if undone is redrawn else undone.clamp(0, 1)
 
 
@@ -132,23 +148,28 @@ def _agreement(view: View, warp: Tensor) -> float:
     return float((view.local_correlation(warp)[1][0] * counts).sum() / (counts.sum() + FAINT * weight.sum()))
 
 
-def _cast(view: View, trust: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Gain and offset of each channel, by a fit that outliers hardly sway. Clipped pixels know nothing of them. At a coarse
-    size, where noise is averaged out; flat areas, which earn no trust, count a little."""
-    gains, offsets = [], []
-    for drifted, given in zip(view.layers, view.target):
-        known = (view.near > 0) & (drifted > 1 / 255) & (drifted < 254 / 255)
+def _cast(view: View, trust: Tensor, clipped: Tensor) -> tuple[tuple[float, ...], ...]:
+    """Gain, offset, gamma, black and white of each channel, by a fit that outliers hardly sway. Where much is `clipped`, `[3, S, S]`,
+    in 0 to 1, nothing can be known of the former three. Flat areas, which earn no trust, count a little."""
+    casts = []
+    for drifted, given, lost in zip(view.layers, view.target, clipped):
+        known = (view.near > 0) & (lost < CLIPPED)
         y, x, weight = (values[known].double().numpy() for values in (drifted, given, (0.05 + trust).sqrt()))
-        gain, offset = 1.0, 0.0
+        gain, offset, log_gamma = 1.0, 0.0, 0.0
         if len(x) > 16:
-            steady = 0.01 * np.linalg.norm(weight)  # keeps the gain near 1 where the surround has one colour only
+            x = np.log(x.clip(1e-3))
+            steady = 0.01 * np.linalg.norm(weight)  # keeps gain and gamma near 1 where the surround has one colour only
 
             def residual(fit):
-                return np.append(weight * (fit[0] * x + fit[1] - y), steady * (fit[0] - 1))
+                return np.append(weight * (fit[0] * np.exp(x * np.exp(fit[2])) + fit[1] - y), (steady * (fit[0] - 1), steady * fit[2]))
 
-            gain, offset = optimize.least_squares(residual, (1.0, 0.0), loss="soft_l1", f_scale=0.02).x
-        gains.append(float(gain))
-        offsets.append(float(offset))
-    if max(max(abs(offset), abs(gain - 1 + offset)) for gain, offset in zip(gains, offsets)) < NOTICED[1]:
-        return Drift.gain, Drift.offset
-    return tuple(gains), tuple(offsets)
+            gain, offset, log_gamma = optimize.least_squares(residual, (1.0, 0.0, 0.0), loss="soft_l1", f_scale=0.02).x
+        gamma = np.exp(log_gamma)
+        dark, light = (max(0, (end - offset) / gain) ** (1 / gamma) for end in (0, 1))
+        ends = [given[(view.near > 0) & (lost > 0.9) & (drifted.round() == end)] for end in (0, 1)]
+        black, white = (bound(float(end.mean()), known) if len(end) > 16 else known for bound, end, known in zip((min, max), ends, (dark, light)))
+        casts.append((float(gain), float(offset), float(gamma), float(black), float(white)))
+    greys = np.linspace(0, 1, 9)
+    if max(np.abs(gain * greys**gamma + offset - greys).max() for gain, offset, gamma, *_ in casts) < NOTICED[1]:
+        return Drift.gain, Drift.offset, Drift.gamma, Drift.black, Drift.white
+    return tuple(zip(*casts))

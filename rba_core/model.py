@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersModel
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 from transformers.utils import logging as transformers_logging
 
 from .alignment import SAMPLER_STEPS, check_noise
@@ -121,6 +122,26 @@ class ContextAdapter(nn.Module):
         return {"down_block_additional_residuals": residuals[:-1], "mid_block_additional_residual": residuals[-1]}
 
 
+class PublishedEmbeddings(Dinov2Embeddings):
+    """Positions for another grid than the stored one as DINOv2's repository and ComfyUI compute them: by a factor, to a grid 0.1 larger.
+    transformers resamples to the grid itself, which is right for DINOv2 with registers only."""
+
+    def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        table, patch = self.position_embeddings, self.config.patch_size
+        side, rows, columns = self.config.image_size // patch, height // patch, width // patch
+        if (rows, columns) == (side, side):
+            return table
+        patches = table[:, 1:].float().unflatten(1, (side, side)).movedim(-1, 1)
+        patches = F.interpolate(patches, scale_factor=((rows + 0.1) / side, (columns + 0.1) / side), mode="bicubic")
+        return torch.cat([table[:, :1], patches.flatten(2).mT.to(table)], 1)
+
+
+def positioned(encoder: Dinov2Model | Dinov2WithRegistersModel) -> Dinov2Model | Dinov2WithRegistersModel:
+    if isinstance(encoder, Dinov2Model):
+        encoder.embeddings.__class__ = PublishedEmbeddings
+    return encoder
+
+
 @contextmanager
 def quiet():
     """Keep the libraries' bars and reports off stderr: what is wrong is raised, in one line."""
@@ -149,7 +170,8 @@ def read_part(kind: type, source: str | Path, unused: tuple[str, ...] = ()) -> n
 
 @contextmanager
 def written_whole(folder: str | Path) -> Iterator[Path]:
-    """A new folder to write to, which takes the place of `folder` in the end, or is gone where anything fails."""
+    """A new folder to write to, which takes the place of `folder` in the end, or is gone where anything fails. Where on this machine
+    its parts were read from, which the libraries write into their configs, is left out."""
     folder = Path(folder)
     partial, former = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "former"))
     shutil.rmtree(partial, ignore_errors=True)
@@ -158,6 +180,10 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
         yield partial
         for file in partial.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors writes 0600, unreadable for a server under another user
+        for file in partial.rglob("config.json"):
+            config = json.loads(file.read_text())
+            if config.pop("_name_or_path", None) is not None:
+                file.write_text(json.dumps(config, indent=2) + "\n")
         if folder.exists():
             os.replace(folder, former)
         try:
@@ -199,7 +225,7 @@ class RefineByAlign(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.config = config
-        self.vae, self.unet, self.encoder, self.scheduler = vae, unet, encoder, scheduler
+        self.vae, self.unet, self.encoder, self.scheduler = vae, unet, positioned(encoder), scheduler
         self.known_latents: deque[tuple[Tensor, Tensor]] | None = None
         self.sparing = False
         self.stem = nn.Sequential(nn.Conv2d(3, config.encoder_stem, 7, stride=2, padding=3), nn.GELU()) if config.encoder_stem else None

@@ -203,7 +203,7 @@ def randomly(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Ten
 
 def dinov2_tokens(state: dict[str, Tensor], pictures: Tensor) -> Tensor:
     """`[B, 3, H, W]`, normalised -> `[B, tokens, width]` with the class token, as the original repository computes them: positions are
-    resampled by a factor, to a size 0.1 larger."""
+    resampled by a factor, to a size 0.1 larger; with registers to the size itself, low-pass filtered when shrunk."""
     width = state["cls_token"].shape[-1]
     heads, side = width // 64, round((state["pos_embed"].shape[1] - 1) ** 0.5)
 
@@ -215,7 +215,9 @@ def dinov2_tokens(state: dict[str, Tensor], pictures: Tensor) -> Tensor:
 
     patches = F.conv2d(pictures, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=14)
     positions = state["pos_embed"][:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    if patches.shape[-1] != side:
+    if "register_tokens" in state and patches.shape[-2:] != (side, side):
+        positions = F.interpolate(positions, tuple(patches.shape[-2:]), mode="bicubic", antialias=True)
+    elif patches.shape[-2:] != (side, side):
         positions = F.interpolate(positions, scale_factor=tuple((cells + 0.1) / side for cells in patches.shape[-2:]), mode="bicubic")
     patches = (patches + positions).flatten(2).mT
     before = torch.cat([state["cls_token"] + state["pos_embed"][:, :1], *([state["register_tokens"]] if "register_tokens" in state else [])], 1)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,12 +16,13 @@ MASK[70:180, 80:200] = 1
 REDRAWN = torch.where(MASK > 0.5, texture(SIZE, SIZE, seed=1), ORIGINAL)
 
 
-def edited(picture: torch.Tensor, shift=(0.0, 0.0), zoom=1.0, gain=(1.0, 1.0, 1.0), offset=(0.0, 0.0, 0.0)) -> torch.Tensor:
+def edited(picture: torch.Tensor, shift=(0.0, 0.0), zoom=1.0, gain=(1.0, 1.0, 1.0), offset=(0.0, 0.0, 0.0), gamma=(1.0, 1.0, 1.0)) -> torch.Tensor:
     """A picture `[3, S, S]` as an editor gives it back."""
     middle = (picture.shape[-1] - 1) / 2
     start = middle - (np.array(shift[::-1]) + middle) / zoom
     moved = np.stack([ndimage.affine_transform(channel, [1 / zoom] * 2, start, order=5, mode="mirror") for channel in picture.double().numpy()])
-    return (torch.from_numpy(moved).float() * torch.tensor(gain)[:, None, None] + torch.tensor(offset)[:, None, None]).clamp(0, 1)
+    gain, offset, gamma = (torch.tensor(values)[:, None, None] for values in (gain, offset, gamma))
+    return (gain * torch.from_numpy(moved).float().clamp(0, 1) ** gamma + offset).clamp(0, 1)
 
 
 def off_by(drift: Drift, shift: tuple[float, float], zoom: float, side: int = SIZE) -> float:
@@ -46,10 +49,10 @@ def test_a_known_drift_is_found_and_undone(shift, zoom):
     assert (undone - REDRAWN)[:, inside].abs().mean() < 1.5 / 255
 
 
-def test_gain_and_offset_are_the_editor_s():
-    gain, offset = (1.05, 1.0, 0.92), (0.01, 0.0, -0.02)
-    drift = estimate_drift(edited(REDRAWN, (3.0, 1.0), 1.01, gain, offset), ORIGINAL, MASK)
-    assert drift.gain == pytest.approx(gain, abs=0.01) and drift.offset == pytest.approx(offset, abs=0.006)
+def test_gain_offset_and_gamma_are_the_editor_s():
+    gain, offset, gamma = (1.05, 1.0, 0.92), (0.01, 0.0, -0.02), (1.1, 0.9, 1.0)
+    drift = estimate_drift(edited(REDRAWN, (3.0, 1.0), 1.01, gain, offset, gamma), ORIGINAL, MASK)
+    assert drift.gain == pytest.approx(gain, abs=0.015) and drift.offset == pytest.approx(offset, abs=0.01) and drift.gamma == pytest.approx(gamma, abs=0.03)
     assert drift.agreement[1] > 0.97 > 0.9 > drift.agreement[0]
 
 
@@ -64,6 +67,33 @@ def test_where_only_the_colour_drifted_nothing_is_resampled():
     drift = estimate_drift(given, ORIGINAL, MASK)
     assert drift.tinted and not drift.moved
     assert (undo_drift(given, drift) - ORIGINAL)[:, around(1)].abs().mean() < 0.5 / 255
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_casts_of_every_kind_are_undone_in_eight_bits(seed):
+    """Gain, offset and gamma of each channel; shadows and lights that were clipped are lost, and do not mislead."""
+    rng = np.random.default_rng(seed)
+    contrasty = ((ORIGINAL - 0.5) * 1.4 + 0.5).clamp(0, 1)
+    redrawn = torch.where(MASK > 0.5, REDRAWN, contrasty)
+    gain, offset, gamma = (tuple(values.tolist()) for values in (1 + rng.uniform(-0.15, 0.15, 3), rng.uniform(-0.06, 0.06, 3), np.exp(rng.uniform(-0.3, 0.3, 3))))
+    shift, zoom = tuple(rng.uniform(-4, 4, 2).tolist()), 1 + rng.uniform(-0.03, 0.03)
+    given = (edited(redrawn, shift, zoom, gain, offset, gamma) * 255).round() / 255
+    drift = estimate_drift(given, contrasty, MASK)
+    assert off_by(drift, shift, zoom) < 0.25
+    clipped = undo_drift(((given == 0) | (given == 1)).float(), replace(drift, gain=(1.0,) * 3, offset=(0.0,) * 3, gamma=(1.0,) * 3)).amax(0) > 0.01
+    kept = around() & ~torch.from_numpy(ndimage.binary_dilation(clipped.numpy(), iterations=2))
+    assert kept.sum() > 0.5 * around().sum()
+    assert (undo_drift(given, drift) - contrasty)[:, kept].abs().mean() < 1 / 255
+
+
+def test_a_white_background_that_was_clipped_is_white_again():
+    original, redrawn = ORIGINAL.clone(), REDRAWN.clone()
+    original[:, :, 210:], redrawn[:, :, 210:], redrawn[:, 100:140, 120:160] = 1, 1, 1
+    given = edited(redrawn, gain=(1.03, 1.0, 0.98), offset=(0.05, 0.06, 0.04))
+    assert (given[:, :, 210:] == 1).all()  # no gain and no offset makes that of it
+    undone = undo_drift(given, estimate_drift(given, original, MASK))
+    assert (undone - original)[:, around(1)].abs().mean() < 1 / 255
+    assert (undone - 1)[:, 102:138, 122:158].abs().max() < 1 / 255
 
 
 @pytest.mark.parametrize("kind", ["other", "flat", "flat and noisy", "blurred", "no surroundings"])

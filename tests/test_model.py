@@ -190,6 +190,16 @@ def test_saving_creates_the_folders_above(model, tmp_path):
     assert (tmp_path / "a" / "b" / "m" / "config.json").is_file()
 
 
+def test_a_saved_folder_does_not_tell_where_its_parts_were_read(model_folder, tmp_path):
+    loaded = RefineByAlign.load(model_folder)
+    assert str(model_folder) in str(loaded.unet.config._name_or_path)  # which diffusers would write
+    loaded.save(tmp_path / "again")
+    files = [*(tmp_path / "again").rglob("*.json")]
+    assert len(files) == 5 and not any(str(model_folder) in file.read_text() or "_name_or_path" in file.read_text() for file in files)
+    again = RefineByAlign.load(tmp_path / "again")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
 @pytest.mark.parametrize("source", ["no-such-model", "/no/such/folder", ""])
 def test_an_unknown_model_is_refused(source):
     assert "neither a model folder nor a shipped model" in refused(source)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..detail_encoder import DetailEncoder
 from ..errors import InputError
-from ..model import RefineByAlign, written_whole
+from ..model import RefineByAlign
 from .dinov2 import layout
 from .stable_diffusion import BESIDES, counted, ldm_shape, new_folder, unet_names, vae_names
-from .weights import check_layout, open_weights
+from .weights import check_layout, open_weights, write_model
 
 CONTROL, ENCODER, PROJECTOR = "control_model.", "cond_stage_model.model.", "cond_stage_model.projector."
-LARGEST_FILE = 2**30
-"""Bytes of a file that is written; each is made in memory."""
-FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "detail_encoder": "diffusion_pytorch_model", "encoder": "model"}
 DETAIL = [
     (r"controlnet_cond_embedding\.conv_in", "input_hint_block.0"),
     (r"controlnet_cond_embedding\.blocks\.(\d+)", lambda found: f"input_hint_block.{2 * int(found[1]) + 2}"),
@@ -72,40 +67,18 @@ def import_anydoor(checkpoint: str | Path, folder: str | Path, *, config: str | 
     model = RefineByAlign.from_config(config, device="meta")
     parts, tensors = published(model), open_weights("checkpoint", checkpoint)
     aside = check_layout("checkpoint", checkpoint, tensors, {name: shape for own in parts.values() for name, _, shape in own.values()}, BESIDES)
-    try:
-        with written_whole(folder) as partial:
-            model.config.write(partial)
-            model.scheduler.save_pretrained(partial / "scheduler")
-            model.encoder.config.save_pretrained(partial / "encoder")
-            for part in ("unet", "vae", "detail_encoder"):
-                getattr(model, part).save_config(partial / part)
-            for part, file in FILES.items():
-                like = {} if part == "encoder" else getattr(model, part).state_dict()
-                state = {key: _taken(tensors[name], third) for key, (name, third, _) in parts[part].items()}
-                write_files(partial / part / file, {key: value.reshape(like[key].shape) if key in like else value for key, value in state.items()})
-            write_files(partial / "projector", {key: tensors[name] for key, (name, _, _) in parts["projector"].items()})
-    except OSError as error:
-        raise InputError("output", f"{folder} cannot be written ({error.strerror or error})", "make room there, or give another folder") from error
+    del tensors
+
+    def opened(part: str) -> dict[str, Tensor]:
+        like = getattr(model, part).state_dict() if part in ("unet", "vae", "detail_encoder") else {}
+        tensors = open_weights("checkpoint", checkpoint)  # anew: what was read of a mapped file stays in memory as long as it is open
+        state = {key: _taken(tensors[name], third) for key, (name, third, _) in parts[part].items()}
+        return {key: value.reshape(like[key].shape) if key in like else value for key, value in state.items()}
+
+    write_model(model, folder, {part: partial(opened, part) for part in parts})
     return counted(aside)
 
 
 def _taken(tensor: Tensor, third: int | None) -> Tensor:
     return tensor if third is None else tensor.chunk(3)[third]
 
-
-def write_files(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Tensors as `path.safetensors`, or above `LARGEST_FILE` as several files with an index, as diffusers and transformers read them."""
-    groups, held = [{}], 0
-    for key, tensor in tensors.items():
-        if held and held + tensor.nbytes > LARGEST_FILE:
-            groups.append({})
-            held = 0
-        groups[-1][key] = tensor
-        held += tensor.nbytes
-    several = [f"{path.name}-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
-    names = several if len(groups) > 1 else [f"{path.name}.safetensors"]
-    for name, group in zip(names, groups):
-        save_file({key: tensor.contiguous() for key, tensor in group.items()}, path.with_name(name), {"format": "pt"})
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": {key: name for name, group in zip(names, groups) for key in group}}
-        path.with_name(f"{path.name}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -17,6 +17,8 @@ from .weights import check_layout, open_weights
 HEAD_WIDTH = 64
 """Channels of an attention head, in every published size."""
 
+KINDS = {Dinov2Config: Dinov2Model, Dinov2WithRegistersConfig: Dinov2WithRegistersModel}
+
 ASIDE = ("naf.",)
 """A feature upsampler that ComfyUI takes from the same file."""
 
@@ -55,8 +57,15 @@ def layout(config: Dinov2Config | Dinov2WithRegistersConfig) -> Iterator[tuple[s
 
 
 def read_dinov2(source: str | Path) -> Dinov2Model | Dinov2WithRegistersModel:
-    """DINOv2 of any size, with registers or without, in float32, from a folder of transformers, or from one file in the layout of transformers,
-    of ComfyUI's CLIP_VISION (the same) or of the original repository.
+    """DINOv2 of any size, in float32, as `open_dinov2` takes it."""
+    config, state = open_dinov2(source)
+    with quiet():
+        return KINDS[type(config)].from_pretrained(None, config=config, state_dict={key: value.float() for key, value in state.items()}, local_files_only=True).eval()
+
+
+def open_dinov2(source: str | Path) -> tuple[Dinov2Config | Dinov2WithRegistersConfig, dict[str, Tensor]]:
+    """The config and the mapped tensors, by transformers' names, of a DINOv2 of any size, with registers or without: from a folder of
+    transformers, or from one file in the layout of transformers, of ComfyUI's CLIP_VISION (the same) or of the original repository.
 
     A file tells its sizes by its tensors; its attention heads have `HEAD_WIDTH` channels. Raises InputError, which names the first
     tensor that is missing, unknown or of another shape.
@@ -69,8 +78,7 @@ def read_dinov2(source: str | Path) -> Dinov2Model | Dinov2WithRegistersModel:
     else:
         files = [source]
     tensors = open_weights("dinov2", *files)
-    registers = any(key.endswith("register_tokens") for key in tensors)
-    kind, model = (Dinov2WithRegistersConfig, Dinov2WithRegistersModel) if registers else (Dinov2Config, Dinov2Model)
+    kind = Dinov2WithRegistersConfig if any(key.endswith("register_tokens") for key in tensors) else Dinov2Config
     original = any(key.startswith("blocks.") for key in tensors)
     try:
         config = kind.from_pretrained(source, local_files_only=True) if source.is_dir() else kind(**sizes(source, tensors, original))
@@ -83,8 +91,7 @@ def read_dinov2(source: str | Path) -> Dinov2Model | Dinov2WithRegistersModel:
     for ours, theirs, third, _ in layout(config):
         tensor = tensors[theirs if original else ours]
         state[ours] = tensor.chunk(3)[third] if original and third is not None else tensor
-    with quiet():
-        return model.from_pretrained(None, config=config, state_dict={key: value.float() for key, value in state.items()}, local_files_only=True).eval()
+    return config, state
 
 
 def sizes(source: Path, tensors: dict[str, Tensor], original: bool) -> dict:

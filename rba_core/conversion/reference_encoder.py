@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Dinov2Model
 
 from ..errors import InputError
-from ..model import ModelConfig, RefineByAlign, token_mlp
+from ..model import ModelConfig, RefineByAlign, positioned, token_mlp
 from ..native import DINOV2, MLP
 from .dinov2 import read_dinov2
 from .stable_diffusion import read_mlp
@@ -25,7 +25,7 @@ class ReferenceEncoder(RefineByAlign):
 
     def __init__(self, config: ModelConfig, encoder: Dinov2Model, projector: nn.Module, scheduler: DDIMScheduler):
         nn.Module.__init__(self)
-        self.config, self.encoder, self.projector, self.scheduler = config, encoder, projector, scheduler
+        self.config, self.encoder, self.projector, self.scheduler = config, positioned(encoder), projector, scheduler
         self.stem = self.context_projector = self.context_adapter = self.detail_encoder = self.known_latents = None
 
     @property

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model import ModelConfig, RefineByAlign, quiet, read_config
-from .dinov2 import HEAD_WIDTH, read_dinov2
-from .weights import check_layout, open_weights
+from .dinov2 import HEAD_WIDTH, KINDS, open_dinov2
+from .weights import check_layout, open_weights, write_model
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 BESIDES = (
@@ -96,7 +96,7 @@ def import_sd15(checkpoint: str | Path, folder: str | Path, dinov2: str | Path, 
 
     checkpoint  a file with the names of LDM, `.safetensors` or `.ckpt`, or a folder of diffusers with `unet/` and `vae/`
     folder      to be written, in float32, whole or not at all; must not exist, or be empty
-    dinov2      as `read_dinov2` takes it
+    dinov2      as `open_dinov2` takes it
     mlp         what `export_ldm` wrote beside a model: its MLP, settings and noise schedule come with it. Without: an MLP with
                 random weights by `seed`, settings and schedule by `config`
     config      a config of `configs/`, by its name or as `read_config` gives it; its sizes must be those of the checkpoint
@@ -114,18 +114,27 @@ def import_sd15(checkpoint: str | Path, folder: str | Path, dinov2: str | Path, 
     if mlp is not None:
         settings, scheduler, projector = read_mlp(Path(mlp))
 
-    aside = _fill(checkpoint, unet, vae)
+    names, aside = _names(checkpoint, unet, vae)
+    sizes = open_dinov2(dinov2)[0]
+    with torch.device("meta"):
+        encoder = KINDS[type(sizes)](sizes)
+    encoder.config.dtype = "float32"  # a folder's may tell of half, to which transformers would then round what is read
     with torch.random.fork_rng(devices=[]):
-        encoder = read_dinov2(dinov2)  # transformers 4 draws before it reads
         torch.manual_seed(seed)
-        model = RefineByAlign(settings, vae, unet, encoder, scheduler).eval()
+        model = RefineByAlign(settings, vae, unet, encoder, scheduler)
+    own = model.projector.state_dict(prefix="projector.")
     if projector is not None:
-        check_layout("mlp", mlp, projector, {key: value.shape for key, value in model.projector.state_dict(prefix="projector.").items()})
-        model.load_state_dict(projector, strict=False)
-    try:
-        model.save(folder)
-    except OSError as error:
-        raise InputError("output", f"{folder} cannot be written ({error.strerror or error})", "make room there, or give another folder") from error
+        check_layout("mlp", mlp, projector, {key: value.shape for key, value in own.items()})
+
+    def opened(part: nn.Module) -> dict[str, Tensor]:
+        sources = _opened(checkpoint)  # anew: what was read of a mapped file stays in memory as long as it is open
+        state = {key: sources[name] for key, name in names[part].items()}
+        if part is unet:
+            state["conv_in.weight"] = nn.functional.pad(state["conv_in.weight"], (0, 0, 0, 0, 0, unet.config.in_channels - state["conv_in.weight"].shape[1]))
+        return {key: state[key].reshape(tensor.shape) for key, tensor in part.state_dict().items()}
+
+    parts = {"unet": lambda: opened(unet), "vae": lambda: opened(vae), "encoder": lambda: open_dinov2(dinov2)[1], "projector": lambda: projector or own}
+    write_model(model, folder, parts, torch.float32)
     return counted(aside)
 
 
@@ -143,24 +152,29 @@ def new_folder(folder: str | Path) -> Path:
     return folder
 
 
-def _fill(checkpoint: Path, unet: UNet2DConditionModel, vae: AutoencoderKL) -> list[str]:
-    """Give U-Net and autoencoder the weights of the checkpoint; the names of those that are of no use."""
+def _opened(checkpoint: Path) -> dict[str, Tensor]:
+    """The mapped tensors of a file, or of a folder of diffusers with what LDM puts before each part's names."""
+    if not checkpoint.is_dir():
+        return open_weights("checkpoint", checkpoint)
+    tensors = {}
+    for prefix, name in ((UNET, "unet"), (VAE, "vae")):
+        files = [checkpoint / name / f"diffusion_pytorch_model{suffix}" for suffix in (".safetensors", ".fp16.safetensors", ".bin")]
+        found = next(([file] for file in files if file.is_file()), None) or sorted((checkpoint / name).glob("diffusion_pytorch_model-*.safetensors"))
+        if not found:
+            raise InputError("checkpoint", f"{checkpoint} has no {name}/{files[0].name}", "give a folder of diffusers with unet/ and vae/")
+        tensors |= {prefix + _present(key): value for key, value in open_weights("checkpoint", *found).items()}
+    return tensors
+
+
+def _names(checkpoint: Path, unet: UNet2DConditionModel, vae: AutoencoderKL) -> tuple[dict[nn.Module, dict[str, str]], list[str]]:
+    """Of each tensor of U-Net and autoencoder its name in the checkpoint, which has them all in the right shapes; the names of those that are of no use."""
     if not checkpoint.exists():
         raise InputError("checkpoint", f"{checkpoint} does not exist", "give a file or a folder of Stable Diffusion 1.5")
+    sources, wanted = _opened(checkpoint), {}
     if checkpoint.is_dir():
-        sources = {}
-        for prefix, name in ((UNET, "unet"), (VAE, "vae")):
-            files = [checkpoint / name / f"diffusion_pytorch_model{suffix}" for suffix in (".safetensors", ".fp16.safetensors", ".bin")]
-            found = next((file for file in files if file.is_file()), None)
-            if found is None:
-                raise InputError("checkpoint", f"{checkpoint} has no {name}/{files[0].name}", "give a folder of diffusers with unet/ and vae/")
-            sources |= {prefix + _present(key): value for key, value in open_weights("checkpoint", found).items()}
         names = {part: {key: prefix + key for key in part.state_dict()} for prefix, part in ((UNET, unet), (VAE, vae))}
     else:
-        sources = open_weights("checkpoint", checkpoint)
         names = {unet: unet_names(unet), vae: vae_names(vae)}
-
-    wanted = {}
     for part, renamed in names.items():
         for key, tensor in part.state_dict().items():
             wanted[renamed[key]] = tuple(tensor.shape) if checkpoint.is_dir() else ldm_shape(renamed[key], tensor)
@@ -169,14 +183,7 @@ def _fill(checkpoint: Path, unet: UNet2DConditionModel, vae: AutoencoderKL) -> l
         if (channels := sources[first].shape[1]) not in (4, 9, own) or channels > own:
             raise InputError("checkpoint", f"its U-Net takes {channels} channels", "give Stable Diffusion 1.5 (4 channels) or its inpainting version (9)")
         wanted[first] = (wanted[first][0], channels, *wanted[first][2:])
-    aside = check_layout("checkpoint", checkpoint, sources, wanted, () if checkpoint.is_dir() else ASIDE)
-
-    for part, renamed in names.items():
-        state = {key: sources[renamed[key]].float() for key in renamed}
-        if part is unet:
-            state["conv_in.weight"] = nn.functional.pad(state["conv_in.weight"], (0, 0, 0, 0, 0, own - wanted[first][1]))
-        part.load_state_dict({key: state[key].reshape(tensor.shape) for key, tensor in part.state_dict().items()}, assign=True)
-    return aside
+    return names, check_layout("checkpoint", checkpoint, sources, wanted, () if checkpoint.is_dir() else ASIDE)
 
 
 def _present(key: str) -> str:

@@ -129,12 +129,12 @@ save_file({key: value.contiguous() for key, value in found.items()}, f"{folder}/
         "moments": model.vae.encode(given["pictures"]).latent_dist.parameters,
         "decoded": model.vae.decode(given["latents"]).sample,
         "native": model.encoder(given["native"]).last_hidden_state,
+        "at_224": model.encoder(given["at_224"]).last_hidden_state,
     }
     for name, value in expected.items():
         difference = (found[name] - value).abs().max()
         assert found[name].shape == value.shape and value.std() > 0.05
         assert difference < 1e-3, (name, difference)
-    # at 224 pixels ComfyUI resamples the positions as the original repository does
     original = checkpoints.dinov2_tokens(torch.load(folder / "dinov2.pth", weights_only=True), given["at_224"])
     assert (found["at_224"] - original).abs().max() < 1e-3
 

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import checkpoints
@@ -9,7 +10,7 @@ from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersModel
 from rba_core.conversion import export_ldm
 from rba_core.conversion.dinov2 import layout, read_dinov2
 from rba_core.errors import InputError
-from rba_core.model import RefineByAlign, imagenet_normalised
+from rba_core.model import RefineByAlign, imagenet_normalised, positioned
 
 SIZES = {"small": (384, 12, False), "base": (768, 12, False), "large": (1024, 24, False), "giant": (1536, 40, True)}
 
@@ -43,23 +44,33 @@ def test_the_original_layout_gives_the_originals_tokens(original, tmp_path):
     assert (found - expected).abs().max() < 1e-4 < 0.1 * expected.std()
 
 
-def test_at_224_pixels_the_tokens_differ_only_by_how_positions_are_resampled(tmp_path):
-    """transformers resamples to 16 x 16, the original by a factor to 16.1: the same values a hair apart."""
-    shapes = checkpoints.dinov2(64, 2)
-    state = checkpoints.randomly(shapes)
-    grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, 37)] * 2, indexing="ij"), -1).reshape(-1, 2)
-    state["pos_embed"][:, 1:] = torch.sin(3 * grid @ torch.randn(2, 64, generator=torch.Generator().manual_seed(2)))  # smooth, as learned ones are
+@torch.no_grad()
+@pytest.mark.parametrize("registers", [False, True], ids=["plain", "registers"])
+@pytest.mark.parametrize("side", [224, 280, 518, 560])
+def test_positions_are_resampled_as_published(side, registers, tmp_path):
+    """For any grid, whatever transformers does with them; by another rule for DINOv2 with registers."""
+    state = checkpoints.randomly(checkpoints.dinov2(64, 2))
+    if registers:
+        state["register_tokens"] = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(7))
     torch.save(state, tmp_path / "dinov2.pth")
-    pictures = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(3))
-    positions = state["pos_embed"][:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2)
-    resampled = torch.nn.functional.interpolate(positions, (16, 16), mode="bicubic").flatten(2).mT
-    same_positions = state | {"pos_embed": torch.cat([state["pos_embed"][:, :1], resampled], 1)}
-    with torch.no_grad():
-        found = read_dinov2(tmp_path / "dinov2.pth")(pictures).last_hidden_state
-        assert found.shape == (1, 257, 64)
-        assert (checkpoints.dinov2_tokens(same_positions, pictures) - found).abs().max() < 1e-4
-        similarity = torch.cosine_similarity(checkpoints.dinov2_tokens(state, pictures), found, dim=-1)
-    assert 0.999 < similarity.min() < 1 - 1e-6
+    encoder = copy.deepcopy(positioned(read_dinov2(tmp_path / "dinov2.pth")))
+    pictures = torch.randn(1, 3, side, side + 14, generator=torch.Generator().manual_seed(3))[..., :side]
+    expected, found = checkpoints.dinov2_tokens(state, pictures), encoder(pictures).last_hidden_state
+    assert found.shape == (1, (side // 14) ** 2 + 1 + 4 * registers, 64)
+    assert (found - expected).abs().max() < 1e-4 < 0.1 * expected.std()
+    wide = pictures[:, :, : 14 * 10]
+    assert (encoder(wide).last_hidden_state - checkpoints.dinov2_tokens(state, wide)).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_positions_in_half_precision_and_on_the_stored_grid(tmp_path):
+    state = checkpoints.randomly(checkpoints.dinov2(64, 1, positions=16))
+    torch.save(state, tmp_path / "dinov2.pth")
+    embeddings = positioned(read_dinov2(tmp_path / "dinov2.pth")).embeddings
+    assert embeddings.interpolate_pos_encoding(torch.zeros(1, 257, 64), 224, 224) is embeddings.position_embeddings
+    whole = embeddings.interpolate_pos_encoding(torch.zeros(1, 101, 64), 140, 140)
+    half = embeddings.to(torch.bfloat16).interpolate_pos_encoding(torch.zeros(1, 101, 64), 140, 140)
+    assert half.dtype == torch.bfloat16 and half.shape == whole.shape == (1, 101, 64) and (half - whole).abs().max() < 0.02 * whole.std()
 
 
 def test_every_layout_gives_the_same_model(original, tmp_path):

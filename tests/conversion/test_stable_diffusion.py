@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from rba_core import cli
 from rba_core.alignment import cross_attentions
-from rba_core.conversion import export_ldm, import_sd15
+from rba_core.conversion import export_ldm, import_sd15, weights
 from rba_core.conversion import stable_diffusion as conversion
+from rba_core.conversion.dinov2 import read_dinov2
 from rba_core.errors import InputError
-from rba_core.model import RefineByAlign, read_config
+from rba_core.model import RefineByAlign, quiet, read_config
 from rba_core.pipeline import refine_by_align
 
 
@@ -115,12 +116,13 @@ def test_the_model_runs_and_has_the_configs_settings(imported, small, scene):
 def test_a_ckpt_and_half_precision_give_the_same_model(small, dinov2, tmp_path):
     tensors = {key: value.half() for key, value in ldm(9).items()}
     torch.save({"state_dict": tensors, "global_step": 3}, tmp_path / "sd.ckpt")
+    torch.save({"state_dict": tensors, "global_step": 3}, tmp_path / "sd.pt", _use_new_zipfile_serialization=False)  # as before PyTorch 1.6
     save_file(tensors, tmp_path / "sd.safetensors")
     models = []
-    for suffix in ("ckpt", "safetensors"):
+    for suffix in ("ckpt", "pt", "safetensors"):
         import_sd15(tmp_path / f"sd.{suffix}", tmp_path / suffix, dinov2, config=small)
         models.append(RefineByAlign.load(tmp_path / suffix).state_dict())
-    assert all(torch.equal(value, models[1][key]) for key, value in models[0].items())
+    assert all(torch.equal(value, other[key]) for key, value in models[0].items() for other in models[1:])
     assert torch.equal(models[0]["unet.conv_in.bias"], tensors["model.diffusion_model.input_blocks.0.0.bias"].float())
     assert load_file(tmp_path / "ckpt" / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.bias"].dtype == torch.float32
 
@@ -144,6 +146,35 @@ def test_a_folder_of_diffusers_gives_the_same_model(imported, small, dinov2, tmp
     again = RefineByAlign.load(tmp_path / "model").state_dict()
     for part in ("unet", "vae", "encoder"):
         assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items() if key.startswith(part))
+
+
+def test_a_folder_in_several_files_is_the_same_model_and_is_read_again(imported, small, dinov2, tmp_path, monkeypatch):
+    tensors, model = imported
+    monkeypatch.setattr(weights, "LARGEST_FILE", 2**20)
+    save_file(tensors, tmp_path / "sd.safetensors")
+    import_sd15(tmp_path / "sd.safetensors", tmp_path / "several", dinov2, config=small)
+    assert all(len([*(tmp_path / "several" / part).glob("*-of-*.safetensors")]) > 1 for part in ("unet", "vae"))
+    import_sd15(tmp_path / "several", tmp_path / "again", tmp_path / "several" / "encoder", config=small)
+    for folder in ("several", "again"):
+        state = RefineByAlign.load(tmp_path / folder).state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_dinov2_folder_in_half_precision_is_not_rounded_again(small, dinov2, tmp_path):
+    """Its config tells transformers to load in half; what is written is not."""
+    encoder = read_dinov2(dinov2)
+    with quiet():
+        encoder.half().save_pretrained(tmp_path / "hub")
+    assert "float16" in (tmp_path / "hub" / "config.json").read_text()
+    other = {key: value.float() * 1.0001 for key, value in load_file(tmp_path / "hub" / "model.safetensors").items()}
+    save_file(other, tmp_path / "hub" / "model.safetensors", {"format": "pt"})
+    save_file(ldm(4), tmp_path / "sd.safetensors")
+    import_sd15(tmp_path / "sd.safetensors", tmp_path / "model", tmp_path / "hub", config=small)
+    written = load_file(tmp_path / "model" / "encoder" / "model.safetensors")
+    assert written.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in written.items())
+    loaded = RefineByAlign.load(tmp_path / "model").encoder
+    assert loaded.dtype == torch.float32 and torch.equal(loaded.embeddings.position_embeddings, other["embeddings.position_embeddings"])
+    assert str(tmp_path) not in (tmp_path / "model" / "encoder" / "config.json").read_text()
 
 
 def test_the_seed_decides_on_the_mlp(imported, small, dinov2, tmp_path):
