@@ -240,7 +240,7 @@ class Leg:
 
     def scenes(self, step: int, index: int, mode: str) -> tuple[Scenes, torch.Generator]:
         """Micro-batch `index` of `step`, and a generator for what else is random about it."""
-        first, second = (int(word >> 1) for word in np.random.SeedSequence([self.seed, self.number, step, index]).generate_state(2, np.uint64))
+        first, second = (int(word) >> 1 for word in np.random.SeedSequence([self.seed, self.number, step, index]).generate_state(2, np.uint64))
         sampler = self.sampler()
         sampler.at(step)
         sampler.seed(first)
