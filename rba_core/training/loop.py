@@ -170,7 +170,7 @@ def optimise(
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
     if ema:
-        load_trained(module, average or torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["average"])
+        load_trained(module, average or torch.load(str(checkpoint), map_location="cpu", weights_only=True, mmap=True)["average"])
 
 
 def share_of_rate(step: int, steps: int, warmup: int, schedule: str) -> float:
