@@ -1,7 +1,9 @@
 """Rules of the house that no other test sees."""
 
 import ast
+import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,14 @@ def test_nothing_is_evaluated_or_fetched(path):
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("from_pretrained"):
             assert any(k.arg == "local_files_only" and ast.unparse(k.value) == "True" for k in node.keywords), ast.unparse(node)
+
+
+def test_what_is_required_has_a_floor_and_no_ceiling_and_comfyui_gets_the_same():
+    project = tomllib.loads((CORE.parent / "pyproject.toml").read_text())["project"]
+    assert all(re.fullmatch(r"[a-z-]+>=[\d.]+", line) for line in project["dependencies"])
+    assert not [line for extra in project["optional-dependencies"].values() for line in extra if re.search("<|==|~", line)]
+    wanted = [line for line in (CORE.parent / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert wanted == [line for line in project["dependencies"] if not line.startswith("torch>")]
 
 
 def test_the_sources_were_found():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_leaves
 
 from ..alignment import attend
 from ..model import RefineByAlign
@@ -55,11 +55,11 @@ class LiveBytes(TorchDispatchMode):
         self.live, self.peak, self.known = 0, 0, weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        for given in tree_iter((arguments, named)):
+        for given in tree_leaves((arguments, named)):
             if isinstance(given, Tensor):
                 self.known.setdefault(given.untyped_storage(), None)
         made = function(*arguments, **(named or {}))
-        for tensor in tree_iter(made):
+        for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor) and tensor.device.type == self.device and tensor.untyped_storage() not in self.known:
                 self._count(tensor.untyped_storage())
         return made

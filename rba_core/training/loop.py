@@ -170,7 +170,7 @@ def optimise(
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
     if ema:
-        load_trained(module, average or torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["average"])
+        load_trained(module, average or torch.load(str(checkpoint), map_location="cpu", weights_only=True, mmap=True)["average"])
 
 
 def share_of_rate(step: int, steps: int, warmup: int, schedule: str) -> float:
@@ -196,7 +196,7 @@ def load_trained(module: nn.Module, state: dict[str, Tensor]) -> None:
 def read_checkpoint(checkpoint: Path, plan: dict, steps: int, mmap: bool = False) -> dict:
     """The checkpoint, if `plan` and `steps` can go on from it."""
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mmap)
+        state = torch.load(str(checkpoint), map_location="cpu", weights_only=True, mmap=mmap)
         before, done = dict(_flat(state["plan"])), state["step"]
     except Exception as error:  # torch.load raises what the zip reader and the unpickler happen to raise
         raise InputError("checkpoint", f"{checkpoint} cannot be read ({type(error).__name__})", "delete it to train this leg anew") from error

@@ -240,7 +240,7 @@ class Leg:
 
     def scenes(self, step: int, index: int, mode: str) -> tuple[Scenes, torch.Generator]:
         """Micro-batch `index` of `step`, and a generator for what else is random about it."""
-        first, second = (int(word >> 1) for word in np.random.SeedSequence([self.seed, self.number, step, index]).generate_state(2, np.uint64))
+        first, second = (int(word) >> 1 for word in np.random.SeedSequence([self.seed, self.number, step, index]).generate_state(2, np.uint64))
         sampler = self.sampler()
         sampler.at(step)
         sampler.seed(first)
@@ -266,7 +266,7 @@ def train_encoder(leg: Leg) -> None:
         place_tokens(leg.model.encoder)
     objective = EncoderObjective(leg.model).train()
     if leg.accelerator.device.type == "cpu":
-        leg.model.encoder.set_attn_implementation("eager")  # here the fused kernel's backward takes a third of a step
+        leg.model.encoder.config._attn_implementation = "eager"  # here the fused kernel's backward takes a third of a step; transformers 4.50 has no setter
 
     def inputs(step: int, index: int) -> tuple:
         refinement = (step * leg.micro_batches + index) % 4 == 3

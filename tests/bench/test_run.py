@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from processes import two_processes
 from torch import nn
 
 from rba_core import cli
@@ -193,16 +194,12 @@ def launched(options):
     return start
 
 
-TWO = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
-"""What of accelerate starts processes under torchrun; ACCELERATE_USE_CPU keeps them off GPUs."""
-
-
 def test_accelerate_starts_processes_with_shares_of_their_own(tmp_path):
     pytest.importorskip("accelerate")
     script = tmp_path / "share.py"
     script.write_text("from rba_core.bench.run import Share\nshare = Share.of_this_process()\nshare.wait()\nopen(f'{__file__}.{share.rank}', 'w').write(str(share))\n")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-m", *TWO, str(script)], env=environment, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", *two_processes(), str(script)], env=environment, check=True, capture_output=True)
     assert [(tmp_path / f"share.py.{rank}").read_text() for rank in (0, 1)] == [str(bench.Share(rank, 2)) for rank in (0, 1)]
     assert bench.Share.of_this_process() == bench.Share(0, 1)
 
@@ -217,7 +214,7 @@ def test_a_killed_run_goes_on_and_accelerate_shares_it(command, launched, tmp_pa
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "killed" / "small.json").exists()
-    assert command("alone") == command("killed") == 0 and launched("two", *TWO, "-m").wait() == 0
+    assert command("alone") == command("killed") == 0 and launched("two", *two_processes(), "-m").wait() == 0
     alone, resumed, two = (json.loads((tmp_path / name / "small.json").read_text()) for name in ("alone", "killed", "two"))
     assert figures(resumed) == figures(alone) == figures(two) and len(alone["items"]) == 6
     assert (tmp_path / "two" / "report.html").exists() and (tmp_path / "two" / "small.jpg").exists()

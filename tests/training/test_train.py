@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import two_processes
 
 from rba_core import model as model_module
 from rba_core.cli import main
@@ -154,9 +155,7 @@ def test_killed_in_the_middle_and_resumed_it_ends_with_the_same_bits(plan, progr
 def test_two_processes_train_as_one_does(program, tmp_path):
     text = PLAN.format(model="small", steps=2).replace("batch = 2", "batch = 4\nmicro_batch = 2\nwarmup = 1").replace("seed = 0", 'precision = "no"')
     (tmp_path / "plan.toml").write_text(text)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [*launch, program, "train", "--config", tmp_path / "plan.toml", "-o", tmp_path / "two"]
+    command = [sys.executable, "-m", *two_processes(), program, "train", "--config", tmp_path / "plan.toml", "-o", tmp_path / "two"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "process-0").exists() and (tmp_path / "process-1").exists()

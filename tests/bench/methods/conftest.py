@@ -44,9 +44,10 @@ def turned(item, angle=0.2):
 
 @pytest.fixture
 def detailed(small_set):
-    """An item all over detail, its artifact flat grey."""
-    item, right = BenchmarkSet(small_set)[0], texture(192, 192)
-    return turned(replace(item, truth=right, image=torch.where(item.mask > 0.5, 0.5, right)))
+    """An item all over detail, its artifact flat grey and always in the same place: what a seed of the set gives, versions of libraries decide."""
+    mask, right = torch.zeros(192, 192), texture(192, 192)
+    mask[118:144, 113:141] = 1
+    return turned(replace(BenchmarkSet(small_set)[0], truth=right, mask=mask, image=torch.where(mask > 0.5, 0.5, right)))
 
 
 BYTES = [chr(code) for code in range(33, 127)]
@@ -58,7 +59,7 @@ def save_tokenizer(folder):
     folder.mkdir()
     (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77), len(words)
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77), len(words)
 
 
 NETWORK = {

