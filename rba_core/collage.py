@@ -32,7 +32,7 @@ class Collage:
     """picture `[3, S, S]` in [0, 1]: the reference in the crop's frame, its tone and sharpness matched to the surround
     valid        `[S, S]` in {0, 1}: where the reference shows the object
     region       `[H, W]` in {0, 1}: what of the reference lies under the mask, M* to the pixel
-    confidence   that it lies where it belongs, 0 to 1
+    confidence   that it lies where it belongs, 0 to 1; 0 where it shows nothing under the mask
     flow         `[2, S, S]`, the dense correspondence: where in the reference each pixel's centre is seen, (x, y) in pixels
     sureness     `[S, S]`, how well crop and reference agree there, 0 to 1, times the confidence
     evidence     what the confidence was computed from, see `Registration`
@@ -73,9 +73,10 @@ def lay_over(crop: ZoomCrop, reference: Tensor, reference_mask: Tensor, region: 
     weight = nearness(mask) * valid
     picture = match_tone(seen[:3], target, weight)
     picture = match_tone(match_sharpness(picture, target, weight), target, weight)
-    sureness = resize(found.agreement[None], size, size)[0] * found.confidence
     under_mask = carry_back(crop.mask, found.warp, height, width) * reference_mask
-    return Collage(picture, valid, under_mask, found.confidence, flow.movedim(-1, 0), sureness, found.evidence)
+    confidence = found.confidence if under_mask.any() else 0.0
+    sureness = resize(found.agreement[None], size, size)[0] * confidence
+    return Collage(picture, valid, under_mask, confidence, flow.movedim(-1, 0), sureness, found.evidence)
 
 
 def in_the_image(collage: Collage, box: Box, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,15 @@ def test_its_region_is_what_the_mask_covers_to_the_pixel(scale, angle):
     assert float((collage.region * wanted).sum() / torch.maximum(collage.region, wanted).sum()) > 0.85
 
 
+def test_nothing_is_sure_where_the_reference_hides_what_the_mask_covers():
+    image, _, _, crop = damaged_view(1.0, 0.0)
+    place = region_around(160, 180, (90.0, 80.0), 15)
+    box = Box.around(lay_over(crop, REFERENCE, WHOLE, place, image).region)
+    shown = box.square(32).paste(WHOLE[None], torch.zeros(1, 32, 32))[0]
+    hidden = lay_over(crop, REFERENCE, shown, place, image)
+    assert hidden.evidence[1] > 0.5 and hidden.confidence == 0 and not hidden.region.any() and not hidden.sureness.any()
+
+
 def test_without_the_image_the_collage_has_the_crops_own_resolution():
     image, _, right, crop = damaged_view(1.0, 0.0)
     collage = lay_over(crop, REFERENCE, WHOLE, region_around(160, 180, (90.0, 80.0), 15))
