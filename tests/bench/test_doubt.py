@@ -27,7 +27,7 @@ def methods(monkeypatch):
 
     def detail(item, model, seed):
         sure = item.flow is not None and torch.equal(item.reference, detail.own[item.id])
-        return Outcome(item.image, flow=item.flow if sure else None, confidence=0.9 if sure else 0.02, evidence=(0.9, 0.5) if sure else (0.3, 0.4))
+        return Outcome(item.image, flow=item.flow if sure else None, confidence=0.9 if sure else 0.002, evidence=(0.9, 0.5) if sure else (0.3, 0.4))
 
     monkeypatch.setattr(bench, "detail", detail)
     monkeypatch.setattr(bench, "paper", lambda item, model, seed: Outcome(item.image))
