@@ -97,7 +97,7 @@ def align(options) -> None:
         whole = aligner.encode(references[0], wholes[0].mask)
         soft = whole.to_reference(correspondence(aligner.attend(crop, whole), crop.mask))
         write_mask(options.raw, soft / soft.max().clamp(min=1e-9))
-    closer = crop_for(model, image, mask, model.config.context)
+    closer = crop_for(model, image, mask)
     match = best_match(model, image, mask, closer, references, wholes, settings, options.seed)
     reference, region = references[match.reference], match.region
     write_mask(options.output, region.mask)

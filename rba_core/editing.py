@@ -26,7 +26,7 @@ def find_match(
     """What `refine_by_align` finds, all of `mask` as one artifact, without redrawing it. Inputs and errors as there."""
     references, object_masks = checked_references(image, mask, reference, reference_mask)
     wholes = [encode_reference(model, picture, object_mask) for picture, object_mask in zip(references, object_masks)]
-    closer = crop_for(model, image, mask, model.config.context if settings.context is None else settings.context)
+    closer = crop_for(model, image, mask, settings.context)
     return best_match(model, image, mask, closer, references, wholes, settings, seed)
 
 

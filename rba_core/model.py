@@ -422,9 +422,10 @@ class RefineByAlign(nn.Module):
             with quiet():
                 for part in ("vae", "unet", "encoder", "scheduler", *(["detail_encoder"] if self.config.detail_encoder else [])):
                     getattr(self, part).save_pretrained(partial / part)
-            save_file({k: v.contiguous() for k, v in self._own_state().items()}, partial / "projector.safetensors")
+            save_file({k: v.contiguous() for k, v in self.own_state().items()}, partial / "projector.safetensors")
 
-    def _own_state(self) -> dict[str, Tensor]:
+    def own_state(self) -> dict[str, Tensor]:
+        """Of the parts that no library has: the MLP, and the stem and the context's where the config has them."""
         return {k: v for k, v in self.state_dict().items() if k.startswith(("projector.", "context_", "stem."))}
 
     @classmethod
@@ -453,7 +454,7 @@ class RefineByAlign(nn.Module):
                 parts = {name: read_part(kind, folder / name).to(part_device, dtype) for name, kind in kinds.items()}
             model = cls(config, scheduler=DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True), **parts)
             own = load_file(folder / "projector.safetensors")
-            if mismatch := set(own) ^ set(model._own_state()):
+            if mismatch := set(own) ^ set(model.own_state()):
                 raise InputError("model", f"{folder / 'projector.safetensors'} has other keys ({sorted(mismatch)[0]} …)", "use the projector saved with this model")
             model.load_state_dict(own, strict=False)
         except InputError:

@@ -150,7 +150,7 @@ def refine_by_align(
     artifacts = [mask] if settings.one_crop else separate(mask)
     result, matches = image, []
     for index, artifact in enumerate(artifacts):
-        crop = crop_for(model, result, artifact, model.config.context if settings.context is None else settings.context)
+        crop = crop_for(model, result, artifact, settings.context)
         told = progress and (lambda done, total, index=index: progress(index * total + done, len(artifacts) * total))
         with model.reusing_latents():
             match = best_match(model, result, artifact, crop, references, wholes, settings, seed)

@@ -72,6 +72,7 @@ def blanked(pictures: Tensor, masks: Tensor) -> Tensor:
     return pictures * (1 - masks) + 0.5 * masks
 
 
-def crop_for(model: RefineByAlign, image: Tensor, mask: Tensor, context: float) -> ZoomCrop:
-    """`zoom_crop` at the model's own size, on its grid of latents."""
+def crop_for(model: RefineByAlign, image: Tensor, mask: Tensor, context: float | None = None) -> ZoomCrop:
+    """`zoom_crop` at the model's own size, on its grid of latents. context: default, the refinement's own."""
+    context = model.config.context if context is None else context
     return zoom_crop(image, mask, model.config.image_size, context=context, multiple=model.stride)

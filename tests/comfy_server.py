@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import comfy_workflows
 import numpy as np
 import pytest
 from PIL import Image
+from processes import free_port
 
 from rba_core import RefineByAlign, refine_by_align
 from rba_core.imageio import to_bytes
@@ -49,9 +49,7 @@ class Server:
     def __init__(self, comfyui: Path, base: Path):
         (base / "custom_nodes").mkdir(parents=True)
         (base / "custom_nodes" / "refine-by-align").symlink_to(PACK, target_is_directory=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.base, self.url, self.log_file = base, f"http://127.0.0.1:{port}", base / "server.log"
         with open(self.log_file, "w") as log:
             self.process = subprocess.Popen(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: its operations here are so small that a second thread costs more than it computes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the suite runs two processes, and small operations gain little by a second thread
 
 import checkpoints
 import hypothesis

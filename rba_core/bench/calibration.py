@@ -67,7 +67,7 @@ def calibrate(sets: Sequence[str | Path], model: RefineByAlign, limit: int | Non
 
 def evidence(item: Item, model: RefineByAlign, seed: int) -> tuple[tuple[float, ...], float] | None:
     """What a registration's confidence is computed from, and its end-point error; `None` where nothing was aligned."""
-    crop = crop_for(model, item.image, item.mask, model.config.context)
+    crop = crop_for(model, item.image, item.mask)
     whole = encode_reference(model, item.reference, item.object_mask)
     collage = best_match(model, item.image, item.mask, crop, [item.reference], [whole], Settings(on_flat="single-stage"), seed).collage
     if collage is None:

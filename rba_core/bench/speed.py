@@ -99,7 +99,7 @@ class Case:
 
     @classmethod
     def of(cls, model: RefineByAlign, scene: Scene, steps: int) -> Case:
-        crop, match = crop_for(model, scene.image, scene.mask, model.config.context), scene.match
+        crop, match = crop_for(model, scene.image, scene.mask), scene.match
         whole = encode_reference(model, scene.reference, scene.reference_mask)
         guide = encode_reference(model, scene.reference, grow(match.region, Settings().region_margin) * scene.reference_mask)
         with torch.no_grad():

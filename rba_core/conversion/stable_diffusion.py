@@ -122,9 +122,10 @@ def import_sd15(checkpoint: str | Path, folder: str | Path, dinov2: str | Path, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = RefineByAlign(settings, vae, unet, encoder, scheduler)
-    own = model.projector.state_dict(prefix="projector.")
+    own = model.own_state()
     if projector is not None:
-        check_layout("mlp", mlp, projector, {key: value.shape for key, value in own.items()})
+        check_layout("mlp", mlp, projector, {key: value.shape for key, value in own.items() if key.startswith("projector.")})
+        own |= projector
 
     def opened(part: nn.Module) -> dict[str, Tensor]:
         sources = _opened(checkpoint)  # anew: what was read of a mapped file stays in memory as long as it is open
@@ -133,7 +134,7 @@ def import_sd15(checkpoint: str | Path, folder: str | Path, dinov2: str | Path, 
             state["conv_in.weight"] = nn.functional.pad(state["conv_in.weight"], (0, 0, 0, 0, 0, unet.config.in_channels - state["conv_in.weight"].shape[1]))
         return {key: state[key].reshape(tensor.shape) for key, tensor in part.state_dict().items()}
 
-    parts = {"unet": lambda: opened(unet), "vae": lambda: opened(vae), "encoder": lambda: open_dinov2(dinov2)[1], "projector": lambda: projector or own}
+    parts = {"unet": lambda: opened(unet), "vae": lambda: opened(vae), "encoder": lambda: open_dinov2(dinov2)[1], "projector": lambda: own}
     write_model(model, folder, parts, torch.float32)
     return counted(aside)
 

@@ -113,6 +113,16 @@ def test_the_model_runs_and_has_the_configs_settings(imported, small, scene):
     assert torch.equal(refined.image[:, outside], scene.image[:, outside])
 
 
+def test_further_channels_begin_at_zero(small, dinov2, tmp_path):
+    """Of a config with features of the context: their weights are written, too."""
+    wider = small | {"model": small["model"] | {"context_features": 8}, "unet": small["unet"] | {"in_channels": 17}}
+    save_file(ldm(9), tmp_path / "sd.safetensors")
+    import_sd15(tmp_path / "sd.safetensors", tmp_path / "model", dinov2, config=wider)
+    model = RefineByAlign.load(tmp_path / "model")
+    assert model.unet.conv_in.weight.shape[1] == 17 and (model.unet.conv_in.weight[:, 9:] == 0).all()
+    assert {key.split(".")[0] for key in model.own_state()} == {"projector", "context_projector", "context_adapter"}
+
+
 def test_a_ckpt_and_half_precision_give_the_same_model(small, dinov2, tmp_path):
     tensors = {key: value.half() for key, value in ldm(9).items()}
     torch.save({"state_dict": tensors, "global_step": 3}, tmp_path / "sd.ckpt")

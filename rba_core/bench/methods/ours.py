@@ -76,12 +76,12 @@ def no_reference(item: Item, model: RefineByAlign, seed: int) -> Outcome:
     """The embedding dropped as in training, no collage: what the surroundings and the model's memory give."""
     whole = encode_reference(model, item.reference, item.object_mask)
     dropped = replace(whole, embedding=model.unconditional(whole.embedding), detail=None)
-    return Outcome(redraw(model, item.image, item.mask, crop_for(model, item.image, item.mask, model.config.context), dropped, None, Settings(), seed))
+    return Outcome(redraw(model, item.image, item.mask, crop_for(model, item.image, item.mask), dropped, None, Settings(), seed))
 
 
 def redrawn_from(item: Item, model: RefineByAlign, region: MatchedRegion, seed: int) -> Outcome:
     """The second stage of `refine_by_align` on a region from elsewhere; the mask as one artifact."""
-    settings, crop = Settings(dense=False), crop_for(model, item.image, item.mask, model.config.context)
+    settings, crop = Settings(dense=False), crop_for(model, item.image, item.mask)
     region, collage = register(crop, item.reference, item.object_mask, region, item.image, settings)
     guide = encode_reference(model, item.reference, grow(region, settings.region_margin) * item.object_mask)
     return Outcome(redraw(model, item.image, item.mask, crop, guide, believed(collage, settings), settings, seed), region, confidence=collage.confidence)

@@ -53,7 +53,7 @@ def test_detail_tells_that_it_fell_back(small_set, model, pipeline):
 def test_detail_tells_the_flow_under_the_mask_and_the_confidence(small_set, model, pipeline):
     item = BenchmarkSet(small_set)[0]
     pipeline.regions = [region(0, 0)]
-    box = crop_for(model, item.image, item.mask, model.config.context).box
+    box = crop_for(model, item.image, item.mask).box
     laid = torch.arange(2.0)[:, None, None].expand(2, box.height, box.width) + 40
     pipeline.collage = Collage(torch.rand(3, 8, 8), torch.ones(8, 8), item.mask, 0.3, laid, torch.ones(8, 8), (0.1, 0.2))
     outcome = ours.detail(item, model, 0)
