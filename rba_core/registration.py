@@ -9,7 +9,7 @@ seen from the front. What lies under the mask has no say.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -41,7 +41,10 @@ MODELS = {"similarity": 1, "affine": 1, "homography": 2, "quadratic": 2, "cubic"
 DEGREES = {3: 1, 6: 2, 10: 3}
 """Of a warp, by its number of terms."""
 EXPLAINS = 0.02
-"""A richer model must explain this share of what the simpler one leaves unexplained: of what local correlation lacks to 1."""
+"""A richer model must explain this share of what the simpler one leaves unexplained, and so must a fit in which faint print
+counts as much as strong edges."""
+FAINTEST = 3e-3
+"""Variance below which print counts no more than this there: it may be grain."""
 DETAIL, ATTENTION = 1.3, 0.2
 """What local correlation and attention count against 1 for the correlation, where candidates compete."""
 WINDOW, FAINT = 11, 3e-4
@@ -108,8 +111,13 @@ def register(
     bent, score = seen.fit(warps, 2, 10, 0.07)
     best = int(total(seen, bent, score).argmax())
     model, warp, correlation = _simplest(seen, warps[best : best + 1], bent[best : best + 1])
+    freedom = _freedom(model, warp[0])
+    evenly, _ = seen.evened().fit(warp, MODELS[model], 10, 0.07, freedom)
+    if even := seen.unexplained(evenly) < (1 - EXPLAINS) * seen.unexplained(warp):
+        warp = evenly
     if picture.shape[-1] > FINE:
-        warp, _ = view(min(FINEST, picture.shape[-1])).fit(warp, MODELS[model], 6, 0.07, _freedom(model, warp[0]))
+        last = view(min(FINEST, picture.shape[-1]))
+        warp, _ = (last.evened() if even else last).fit(warp, MODELS[model], 6, 0.07, freedom)
     _, agreement = seen.local_correlation(warp)
     agreeing = float((agreement[0] * seen.near).sum() / seen.near.sum())  # where nothing shows, or is to be compared, nothing agrees
     support = (0.0 if disagreed else UNKNOWN) if placement is None else float(attention_at(placement, box, warp)[0])
@@ -273,19 +281,27 @@ class View:
         size = self.target.shape[-1]
         shown = self.sampled(warps, grid(size))
         valid = ((shown[:, 3:] > 0.99) & (self.hole < 0.5)).float()
-        window = (WINDOW * size // FINE) | 1
-
-        def mean(values: Tensor) -> Tensor:
-            return F.avg_pool2d(values, window, 1, window // 2, count_include_pad=False)
-
-        share = mean(valid).clamp(min=1e-3)
+        share = windowed(valid).clamp(min=1e-3)
         picture, target = shown[:, :3] * valid, self.target * valid
-        own, other = mean(picture) / share, mean(target) / share
-        variances = [(mean(values**2) / share - middle**2).clamp(min=0).sum(1) + FAINT for values, middle in ((picture, own), (target, other))]
-        joint = (mean(picture * target) / share - own * other).sum(1)
+        own, other = windowed(picture) / share, windowed(target) / share
+        variances = [(windowed(values**2) / share - middle**2).clamp(min=0).sum(1) + FAINT for values, middle in ((picture, own), (target, other))]
+        joint = (windowed(picture * target) / share - own * other).sum(1)
         correlation = joint / (variances[0] * variances[1]).sqrt()
         weight = self.near * valid[:, 0] * variances[1].sqrt()
         return (correlation * weight).sum((1, 2)) / (weight.sum((1, 2)) + 1e-6), correlation
+
+    def unexplained(self, warp: Tensor) -> float:
+        """What local correlation lacks to 1 of one warp `[1, 2, K]`."""
+        return 1 - float(self.local_correlation(warp)[0])
+
+    def evened(self) -> View:
+        """The same view, in which each pixel counts the less the stronger the contrast about it: squares of residuals would
+        give an edge of the object, perhaps at another depth, all the say over the faint print on it."""
+        beside = (self.hole < 0.5).float()[None]
+        share, shown = windowed(beside).clamp(min=1e-3), self.target * beside
+        variance = (windowed(shown**2) / share - (windowed(shown) / share).square()).clamp(min=0).sum(0)
+        near = self.near / (variance + FAINTEST)
+        return replace(self, near=near / near.max())
 
     def carried_under_the_mask(self, agreement: Tensor) -> Tensor:
         """A map `[S, S]` with what is known beside the mask spread under it, 0 to 1."""
@@ -293,6 +309,12 @@ class View:
         beside = self.near * (self.hole < 0.5)
         spread = blurred(torch.stack([agreement.clamp(min=0) * beside, beside]), size // 8)
         return torch.where(self.hole < 0.5, agreement, spread[0] / spread[1].clamp(min=1e-6)).clamp(0, 1)
+
+
+def windowed(values: Tensor) -> Tensor:
+    """Means over windows as local correlation takes them, `[..., C, S, S]`."""
+    window = (WINDOW * values.shape[-1] // FINE) | 1
+    return F.avg_pool2d(values, window, 1, window // 2, count_include_pad=False)
 
 
 def nearness(hole: Tensor) -> Tensor:
@@ -418,7 +440,7 @@ def _simplest(seen: View, affine: Tensor, quadratic: Tensor) -> tuple[str, Tenso
         if model == "similarity":
             start = (start.flatten() @ torch.linalg.pinv(freedom).T @ freedom.T).view_as(start)
         warp, score = seen.fit(start, degree, 0 if model == "quadratic" else 10, 0.07, freedom)
-        unexplained = 1 - float(seen.local_correlation(warp)[0])
+        unexplained = seen.unexplained(warp)
         if unexplained < (1 - EXPLAINS) * least:
             chosen, least = (model, warp, float(score)), unexplained
     return chosen
