@@ -6,7 +6,7 @@ from pictures import REFERENCE, WHOLE, seen_through, texture
 
 from rba_core.dense_correspondence import Placement, centres
 from rba_core.geometry import Box
-from rba_core.registration import attention_at, carry_back, grid, nearness, polynomials, register, slopes, warped
+from rba_core.registration import View, attention_at, carry_back, grid, nearness, polynomials, register, slopes, warped
 
 TRUE = torch.tensor([[30.0, 4.0, 90.0], [-3.0, 28.0, 80.0]])
 BENT = torch.cat([TRUE, torch.tensor([[1.5, -1.0, 0.6], [-0.8, 1.2, 1.4]])], 1)
@@ -60,6 +60,26 @@ def test_of_a_picture_seen_aslant_the_homography_is_found():
     a, b = found.warp[:, 0], found.warp[:, 1]
     g, h = (float(-1.5 * column @ found.warp[:, k] / (column @ column)) for column, k in ((a, 3), (b, 5)))
     assert torch.allclose(found.warp[:, 4], -(h * a + g * b), atol=0.02) and (g, h) == pytest.approx(tilt.tolist(), abs=0.02)
+
+
+def test_a_strong_edge_at_another_depth_does_not_outshout_faint_print():
+    """As a clock's rim does the figures of its dial."""
+    _, width = WHOLE.shape
+    stripes = (torch.arange(WHOLE.shape[0]) // 14 % 2)[:, None].expand_as(WHOLE) * torch.tensor([0.7, 0.5, 0.1])[:, None, None] + 0.2
+    rim = (torch.arange(width) + 0.5 - TRUE[0, 2] > 18).float().expand(1, *WHOLE.shape)
+    dial = 0.6 + 0.3 * (REFERENCE - 0.5)
+    reference, nearer = torch.where(rim > 0, stripes, dial), TRUE + torch.tensor([[0, 0, 0], [0, 0, 2.5]])
+
+    def seen(picture, warp):
+        frame = torch.tensor([width, WHOLE.shape[0]])
+        return torch.nn.functional.grid_sample(picture[None], (warped(warp, grid(128)) / frame * 2 - 1)[None], align_corners=False)[0]
+
+    crop = torch.where(seen(rim, nearer) > 0.5, seen(reference, nearer), seen(dial, TRUE))
+    view = View.of(torch.where(hole() > 0.5, 0.5, crop), hole(), reference, WHOLE, 128, 28.0)
+    plain, _ = view.fit(ASTRAY[None], 1, 20, 0.07)
+    even, _ = view.evened().fit(plain, 1, 20, 0.07)
+    assert error(even[0], TRUE) < 0.02 and error(plain[0], TRUE) > 0.1
+    assert view.unexplained(even) < view.unexplained(plain)
 
 
 def test_what_lies_under_the_mask_has_no_say():
