@@ -46,6 +46,8 @@ def patcher_of(network: RefineByAlign, dtype: torch.dtype | None = None, device:
         parameters = sum(weight.numel() for weight in network.parameters())
         # not bf16: its 8 bits of mantissa show in decoded pixels
         dtype = model_management.unet_dtype(load_device, parameters, supported_dtypes=[torch.float16, torch.float32])
+        if dtype not in DTYPES.values():  # --fp8_e4m3fn-unet and its like are for weights that core casts layer by layer
+            dtype = torch.float16 if model_management.should_use_fp16(load_device, parameters) else torch.float32
     network.to(offload_device, dtype)
     return ModelPatcher(RefineByAlignModel(network), load_device=load_device, offload_device=offload_device)
 

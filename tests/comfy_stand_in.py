@@ -204,6 +204,7 @@ def install() -> None:
             "intermediate_device": lambda: cpu,
             "get_free_memory": lambda device: 1 << 40,
             "unet_dtype": lambda device, parameters, supported_dtypes: torch.float32,
+            "should_use_fp16": lambda device, parameters: False,
         },
         "folder_paths": {"models_dir": "models", "folder_names_and_paths": {"checkpoints": (["models/checkpoints"], set())}},
     }

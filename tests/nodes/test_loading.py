@@ -56,6 +56,16 @@ def test_precision(nodes, model_root, model_folder, name, dtype):
     assert patcher.load_device == patcher.offload_device == torch.device("cpu")
 
 
+@pytest.mark.parametrize("faster, dtype", [(True, torch.float16), (False, torch.float32)])
+def test_a_server_that_stores_weights_in_fp8_computes_ours_in_more(nodes, model_root, model_folder, monkeypatch, faster, dtype):
+    management = sys.modules["comfy.model_management"]
+    monkeypatch.setattr(management, "unet_dtype", lambda device, parameters, supported_dtypes: torch.float8_e4m3fn)
+    monkeypatch.setattr(management, "should_use_fp16", lambda device, parameters: faster)
+    (model_root / "small").symlink_to(model_folder, target_is_directory=True)
+    (patcher,) = nodes.loading.LoadModel.execute("small", "auto", "default").args
+    assert patcher.model.network.dtype == dtype
+
+
 def test_unreadable_model_says_what_to_do(nodes, model_root):
     add_model(model_root / "broken")
     with pytest.raises(ValueError, match="^model: .*broken.* cannot be read .*copy the folder again"):
