@@ -14,10 +14,10 @@ WAVY = torch.cat([BENT, torch.tensor([[1.2, -0.8, 0.0, 1.0], [-0.9, 0.0, 1.1, 0.
 SIMILAR = torch.tensor([[29.0, 4.0, 90.0], [-4.0, 29.0, 80.0]])
 
 
-def view(warp: torch.Tensor, size: int = 128) -> torch.Tensor:
+def view(warp: torch.Tensor, size: int = 128, reference: torch.Tensor = REFERENCE) -> torch.Tensor:
     """What the crop shows where `warp` is true."""
-    frame = torch.tensor([REFERENCE.shape[2], REFERENCE.shape[1]])
-    return torch.nn.functional.grid_sample(REFERENCE[None], (warped(warp, grid(size)) / frame * 2 - 1)[None], align_corners=False)[0]
+    frame = torch.tensor([reference.shape[2], reference.shape[1]])
+    return torch.nn.functional.grid_sample(reference[None], (warped(warp, grid(size)) / frame * 2 - 1)[None], align_corners=False)[0]
 
 
 def hole(size: int = 128) -> torch.Tensor:
@@ -64,22 +64,18 @@ def test_of_a_picture_seen_aslant_the_homography_is_found():
 
 def test_a_strong_edge_at_another_depth_does_not_outshout_faint_print():
     """As a clock's rim does the figures of its dial."""
-    _, width = WHOLE.shape
-    stripes = (torch.arange(WHOLE.shape[0]) // 14 % 2)[:, None].expand_as(WHOLE) * torch.tensor([0.7, 0.5, 0.1])[:, None, None] + 0.2
+    height, width = WHOLE.shape
+    stripes = (torch.arange(height) // 14 % 2)[:, None].expand_as(WHOLE) * torch.tensor([0.7, 0.5, 0.1])[:, None, None] + 0.2
     rim = (torch.arange(width) + 0.5 - TRUE[0, 2] > 18).float().expand(1, *WHOLE.shape)
     dial = 0.6 + 0.3 * (REFERENCE - 0.5)
     reference, nearer = torch.where(rim > 0, stripes, dial), TRUE + torch.tensor([[0, 0, 0], [0, 0, 2.5]])
 
-    def seen(picture, warp):
-        frame = torch.tensor([width, WHOLE.shape[0]])
-        return torch.nn.functional.grid_sample(picture[None], (warped(warp, grid(128)) / frame * 2 - 1)[None], align_corners=False)[0]
-
-    crop = torch.where(seen(rim, nearer) > 0.5, seen(reference, nearer), seen(dial, TRUE))
-    view = View.of(torch.where(hole() > 0.5, 0.5, crop), hole(), reference, WHOLE, 128, 28.0)
-    plain, _ = view.fit(ASTRAY[None], 1, 20, 0.07)
-    even, _ = view.evened().fit(plain, 1, 20, 0.07)
+    crop = torch.where(view(nearer, reference=rim) > 0.5, view(nearer, reference=reference), view(TRUE, reference=dial))
+    seen = View.of(torch.where(hole() > 0.5, 0.5, crop), hole(), reference, WHOLE, 128, 28.0)
+    plain, _ = seen.fit(ASTRAY[None], 1, 20, 0.07)
+    even, _ = seen.evened().fit(plain, 1, 20, 0.07)
     assert error(even[0], TRUE) < 0.02 and error(plain[0], TRUE) > 0.1
-    assert view.unexplained(even) < view.unexplained(plain)
+    assert seen.unexplained(even) < seen.unexplained(plain)
 
 
 def test_what_lies_under_the_mask_has_no_say():
