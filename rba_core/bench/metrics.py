@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
@@ -93,18 +94,38 @@ def end_point_error(flow: Tensor, truth: Tensor, correspondence: Tensor) -> floa
     return float(distance.nan_to_num(1.0).clamp(max=1.0).mean())
 
 
+def token_rounding_iou(correspondence: Tensor, reference_mask: Tensor | None = None, tokens: int = 16) -> float:
+    """IoU of M_gt with itself rounded to the token grid of the reference: whole tokens, of which it covers half or more; of a
+    region that covers half of none, those that it covers most."""
+    grid = _token_grid(correspondence, reference_mask, tokens)
+    share = grid.to_tokens((correspondence > 0.5).float())
+    rounded = (share >= share.max().clamp(max=0.5)).float()
+    whole = F.interpolate(rounded[None, None], (grid.box.height, grid.box.width), mode="nearest-exact")[0]
+    return iou(grid.box.paste(torch.zeros(1, *correspondence.shape), whole)[0] * grid.mask, correspondence)
+
+
 def token_bound_iou(correspondence: Tensor, reference_mask: Tensor | None = None, tokens: int = 16) -> float:
-    """IoU of M_gt with itself rounded to the token grid of the reference and back: what a faultless alignment gets.
+    """IoU of M_gt with the best that a map over the tokens of the reference can say: what a faultless alignment gets.
 
     Each of `tokens` x `tokens` takes the share of it that M_gt covers and goes back as M* does, bilinear and
     cut at a share of the peak, the best of 0.05 to 0.95.
     """
+    grid = _token_grid(correspondence, reference_mask, tokens)
+    soft = grid.to_reference(grid.to_tokens((correspondence > 0.5).float())) * grid.mask
+    return max(iou((soft >= cut * soft.max()).float(), correspondence) for cut in np.linspace(0.05, 0.95, 19))
+
+
+def region_tokens(correspondence: Tensor, reference_mask: Tensor | None = None, tokens: int = 16) -> float:
+    """Size of M_gt, the root of its area, in sides of a token."""
+    return float((correspondence > 0.5).sum()) ** 0.5 / _token_grid(correspondence, reference_mask, tokens).box.width * tokens
+
+
+def _token_grid(correspondence: Tensor, reference_mask: Tensor | None, tokens: int) -> EncodedReference:
+    """How `tokens` x `tokens` lie over the reference's object, or over all of it."""
     if reference_mask is None:
         reference_mask = torch.ones_like(correspondence)
     box = Box.around(reference_mask)
-    grid = EncodedReference(torch.empty(1, tokens**2, 0), box.square(max(box.width, box.height)), (reference_mask > 0.5).float())
-    soft = grid.to_reference(grid.to_tokens((correspondence > 0.5).float())) * grid.mask
-    return max(iou((soft >= cut * soft.max()).float(), correspondence) for cut in np.linspace(0.05, 0.95, 19))
+    return EncodedReference(torch.empty(1, tokens**2, 0), box.square(max(box.width, box.height)), (reference_mask > 0.5).float())
 
 
 def outside_changed_pixels(result: Tensor, image: Tensor, mask: Tensor) -> int:

@@ -31,6 +31,8 @@ LOOKED_AT = 40
 """Items of a run on an HTML page: those with the lowest hp-SSIM."""
 ON_A_SHEET = 12
 """Items on a run's contact sheet, those again."""
+SMALL = 2
+"""Tokens, each way, up to which a region is small."""
 COMPARED = ("none", "telea", "sift-warp", "paper", "detail")
 """Methods on it, where the run has more; the HTML page shows all."""
 STYLE = """
@@ -140,6 +142,10 @@ def run_section(page: Page, results: dict, source: Path) -> None:
     if len(against) > 1:
         page.text("`detail` less each other method, item by item:")
         page.table(against)
+    small = small_regions_table(rows, methods)
+    if len(small) > 1:
+        page.text("Small regions, where whole tokens are coarse: `rounded` is M_gt in whole tokens, `bound` the best that a map over the tokens can say.")
+        page.table(small)
     chart = source.with_suffix(".png")
     draw_means(rows, methods, chart)
     page.picture(chart, "Means and 95% confidence intervals")
@@ -188,6 +194,24 @@ def differences_table(rows: Sequence[dict], methods: Sequence[str], ours: str = 
                 cells += [f"{gains.mean():+.3f} [{low:+.3f}, {high:+.3f}]", f"{(gains > 0).mean():.0%}"]
         if method != ours and cells:
             table.append([method, *cells])
+    return table
+
+
+def small_regions_table(rows: Sequence[dict], methods: Sequence[str]) -> list[list[str]]:
+    """IoU of each method that aligns over the smallest third of the regions, and over those of at most SMALL x SMALL tokens, against
+    what tokens would allow there."""
+    sizes = {row["id"]: row["region_tokens"] for row in rows if "region_tokens" in row}
+    smallest = sorted(sizes, key=sizes.get)[: len(sizes) // 3]
+    table = [["regions", "n", "method", "IoU", "rounded", "above it", "bound", "above it"]]
+    for words, chosen in (("smallest third", smallest), (f"up to {SMALL} x {SMALL} tokens", [id for id, size in sizes.items() if size <= SMALL])):
+        for method in methods:
+            own = [row for row in rows if row["method"] == method and row["id"] in set(chosen) and "iou" in row]
+            if not own:
+                continue
+            cells = []
+            for name in ("token_rounding_iou", "token_bound_iou"):
+                cells += [f"{np.mean([row[name] for row in own]):.3f}", f"{np.mean([row['iou'] > row[name] for row in own]):.0%}"]
+            table.append([words, str(len(own)), method, f"{np.mean([row['iou'] for row in own]):.3f}", *cells])
     return table
 
 

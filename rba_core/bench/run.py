@@ -29,11 +29,11 @@ from .sheet import save_tiles
 from .speed import cpu_name, versions
 
 PIXEL_METRICS = ("masked_psnr", "masked_ssim", "hp_ssim", "detail_ncc")
-MEASURES = (*PIXEL_METRICS, *FIGURES, "iou", "box_iou", "soft_iou", "token_bound_iou", "end_point_error", "confidence", "outside_changed_pixels", "fell_back", "seconds")
+MEASURES = (*PIXEL_METRICS, *FIGURES, "iou", "box_iou", "soft_iou", "token_rounding_iou", "token_bound_iou", "end_point_error", "confidence", "outside_changed_pixels", "fell_back", "seconds")
 GROUPS = ("task", "difficulty", "artifact", "weak")
 HEADINGS = {
     "masked_psnr": "PSNR dB", "masked_ssim": "SSIM", "hp_ssim": "hp-SSIM", "detail_ncc": "NCC", "iou": "IoU", "box_iou": "box IoU",
-    "soft_iou": "soft IoU", "token_bound_iou": "bound", "end_point_error": "EPE (median)", "confidence": "confidence", "outside_changed_pixels": "changed", "fell_back": "fell back", "seconds": "s",
+    "soft_iou": "soft IoU", "token_rounding_iou": "rounded", "token_bound_iou": "bound", "end_point_error": "EPE (median)", "confidence": "confidence", "outside_changed_pixels": "changed", "fell_back": "fell back", "seconds": "s",
 } | {name: heading for name, (heading, _) in FIGURES.items()}  # fmt: skip
 
 RESAMPLES = 2000
@@ -157,7 +157,8 @@ def measure(item: Item, outcome: Outcome) -> dict:
         figures["iou"] = metrics.iou(region.mask, item.correspondence) if region else 0.0
         figures["box_iou"] = metrics.box_iou(region.mask, item.correspondence) if region else 0.0
         figures["soft_iou"] = metrics.soft_iou(region.soft, item.correspondence) if region else 0.0
-        figures["token_bound_iou"] = metrics.token_bound_iou(item.correspondence, item.reference_mask)
+        for name in ("token_rounding_iou", "token_bound_iou", "region_tokens"):
+            figures[name] = getattr(metrics, name)(item.correspondence, item.reference_mask)
     if outcome.flow is not None and item.flow is not None and item.correspondence is not None:
         figures["end_point_error"] = metrics.end_point_error(outcome.flow, item.flow, item.correspondence)
     if outcome.confidence is not None:

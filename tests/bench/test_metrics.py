@@ -135,6 +135,21 @@ def test_token_bound():
     assert metrics.token_bound_iou(rectangle(27, 34, 4, 4), object_mask) > small + 0.1
 
 
+def test_token_rounding():
+    """Tokens of 6 px: a part that fills whole ones is kept, one that lies across them is not."""
+    assert metrics.token_rounding_iou(rectangle(24, 30, 36, 30)) == 1
+    assert metrics.token_rounding_iou(rectangle(26, 30, 6, 6)) == pytest.approx(24 / 48)  # 4 of its 6 columns lie in one token
+    assert metrics.token_rounding_iou(rectangle(25, 31, 2, 2)) == pytest.approx(4 / 36)  # half of no token
+    object_mask = rectangle(20, 20, 48, 48)
+    object_mask[26:32, 26] = 0  # beside the object nothing is selected
+    assert metrics.token_rounding_iou(rectangle(26, 26, 6, 6) * object_mask, object_mask) == 1
+
+
+def test_size_in_tokens():
+    assert metrics.region_tokens(rectangle(24, 30, 12, 12)) == 2
+    assert metrics.region_tokens(rectangle(24, 30, 12, 3), rectangle(20, 20, 48, 16)) == 2
+
+
 def test_outside_changed_pixels(word):
     truth, mask = word
     assert metrics.outside_changed_pixels(erased(word), truth, mask) == 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rba_core.bench.report import differences_table, means_table, worst_first, write_report
+from rba_core.bench.report import differences_table, means_table, small_regions_table, worst_first, write_report
 from rba_core.bench.run import PIXEL_METRICS, by_method, summary
 from rba_core.errors import InputError
 
@@ -87,6 +87,19 @@ def test_differences_are_paired():
     rows = [{"id": id, "method": method, "hp_ssim": id / 20 + gain, "detail_ncc": 0.5} for id in range(20) for method, gain in (("none", 0.0), ("detail", 0.1))]
     head, row = differences_table(rows, ["none", "detail"])
     assert row == ["none", "+0.100 [+0.100, +0.100]", "100%", "+0.000 [+0.000, +0.000]", "0%"]
+
+
+def test_small_regions():
+    """Six items, two of them the smallest third, three of at most two tokens; a method without alignment has no line."""
+    rows = [{"id": "none", "method": "none", "hp_ssim": 0.5}]
+    for size, iou in ((5.0, 0.9), (1.0, 0.3), (2.0, 0.6), (1.5, 0.8), (2.1, 0.7), (3.0, 0.7)):
+        rows.append({"id": str(size), "method": "detail", "region_tokens": size, "iou": iou, "token_rounding_iou": 0.4, "token_bound_iou": 0.7})
+    table = small_regions_table(rows, ["none", "detail"])
+    assert table[1:] == [
+        ["smallest third", "2", "detail", "0.550", "0.400", "50%", "0.700", "50%"],
+        ["up to 2 x 2 tokens", "3", "detail", "0.567", "0.400", "67%", "0.700", "33%"],
+    ]
+    assert len(small_regions_table(rows[:1], ["none"])) == 1
 
 
 def test_a_method_with_fewer_items_says_so():

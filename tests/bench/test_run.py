@@ -60,9 +60,9 @@ def test_results(small_set, model, tmp_path):
     none, refined = results["methods"]["none"], results["methods"]["detail"]
     assert refined["iou"] == refined["box_iou"] == refined["soft_iou"] == refined["hp_ssim"] == 1
     assert refined["masked_psnr"] == 100 > none["masked_psnr"]
-    assert 0.5 < refined["token_bound_iou"] < 1
+    assert 0 < refined["token_rounding_iou"] < refined["token_bound_iou"] < 1 and refined["token_bound_iou"] > 0.5
     assert none["outside_changed_pixels"] == refined["outside_changed_pixels"] == 0
-    assert not {"iou", "box_iou", "soft_iou", "token_bound_iou", "fell_back"} & set(none)
+    assert not {"iou", "box_iou", "soft_iou", "token_rounding_iou", "token_bound_iou", "region_tokens", "fell_back"} & set(none)
     assert [(row["id"], row["method"]) for row in results["items"]] == [("00000", "none"), ("00000", "detail"), ("00001", "none"), ("00001", "detail")]
     assert results["items"][3]["artifact"] == "smear"
     mean = (results["items"][0]["hp_ssim"] + results["items"][2]["hp_ssim"]) / 2
