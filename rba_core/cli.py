@@ -512,7 +512,7 @@ def parser() -> argparse.ArgumentParser:
     inputs.add_argument("--no-dense", action="store_true", help="M* from the attention of the masked part alone (the paper), not from what all of the crop agrees on")
     inputs.add_argument("--levels", type=int, default=2, metavar="N", help="looks at the reference at most, each closer; 1 = the paper (default: %(default)s)")
     inputs.add_argument("--no-register", action="store_true", help="leave M* as attention gave it (the paper)")
-    inputs.add_argument("--min-confidence", type=float, default=0.01, metavar="C", help="what the registration must reach to be used, 0-1 (default: %(default)s)")
+    inputs.add_argument("--min-confidence", type=float, default=0.03, metavar="C", help="what the registration must reach to be used, 0-1 (default: %(default)s)")
     inputs.add_argument("--threshold", type=float, default=0.4, help="share of the map's peak that belongs to M* (default: %(default)s)")
 
     command = commands.add_parser("refine", parents=[inputs, model], help="redraw the masked part from the matching part of the reference")

@@ -77,7 +77,7 @@ class Settings:
     dense: bool = True
     levels: int = 2
     register: bool = True
-    min_confidence: float = 0.01
+    min_confidence: float = 0.03
     strength: float | None = None
     detail_transfer: float = 1.0
     region_margin: float = 0.12
