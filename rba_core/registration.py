@@ -133,7 +133,7 @@ def register(
     _, agreement = seen.local_correlation(warp)
     agreeing = float((agreement[0] * seen.near).sum() / seen.near.sum())  # where nothing shows, or is to be compared, nothing agrees
     support = (0.0 if disagreed else UNKNOWN) if placement is None else float(attention_at(placement, box, warp)[0])
-    evidence = correlation, agreeing, support, min(lead, 0.3), _mirrored_lead(view, warp[..., :3], start), *_implausible(warp, start, looser)
+    evidence = correlation, agreeing, support, min(lead, 0.3), _mirrored_lead(view, warp[..., :3], start), *_implausible(warp, start, looser, half_side)
     weights, constant = CALIBRATION
     log_odds = constant + sum(weight * value for weight, value in zip(weights, evidence))
     return Registration(warp[0], seen.carried_under_the_mask(agreement[0]), evidence, 1 / (1 + math.exp(-log_odds)))
@@ -392,7 +392,7 @@ def _correlation(pictures: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 def _search(seen: View, start: Tensor, looser: float) -> Tensor:
     """The best shifts, scales and rotations about a start: `[CANDIDATES, 2, 3]`."""
     turns = [(scale, angle) for scale in SCALES for angle in ROTATIONS]
-    similarities = torch.stack([scale * torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) for scale, angle in turns])
+    similarities = torch.stack([scale * _rotation(angle) for scale, angle in turns])
     linear = start[:, :2] @ similarities
     placements = torch.cat([linear, start[:, 2].expand(len(turns), 2)[..., None]], -1)
     window = seen.sampled(placements, grid(round(SEARCH * (1 + REACH))) * (1 + REACH))
@@ -429,12 +429,10 @@ def _search(seen: View, start: Tensor, looser: float) -> Tensor:
 
 def _variations(start: Tensor) -> Tensor:
     """A start and what it may have missed by: `[N, 2, 3]`."""
-    cos, sin = math.cos(0.25), math.sin(0.25)
-    linear = [[[0.8, 0], [0, 0.8]], [[1.25, 0], [0, 1.25]], [[0.9, 0], [0, 1.12]], [[1.12, 0], [0, 0.9]], [[cos, sin], [-sin, cos]], [[cos, -sin], [sin, cos]]]
+    scales = torch.tensor([[0.8, 0.8], [1.25, 1.25], [0.9, 1.12], [1.12, 0.9]])
     shifts = [[0.0, 0.0], [0.25, 0.0], [-0.25, 0.0], [0.0, 0.25], [0.0, -0.25]]
-    moves = [torch.tensor([[1, 0, x], [0, 1, y], [0, 0, 1]]) for x, y in shifts]
-    moves += [F.pad(torch.tensor(matrix), (0, 1, 0, 1)) + torch.diag(torch.tensor([0.0, 0.0, 1.0])) for matrix in linear]
-    return start @ torch.stack(moves)
+    moves = torch.stack([torch.tensor([[1, 0, x], [0, 1, y], [0, 0, 1]]) for x, y in shifts])
+    return start @ torch.cat([moves, _about_the_centre(torch.cat([torch.diag_embed(scales), _rotation(-0.25)[None], _rotation(0.25)[None]]))])
 
 
 def _stretches() -> Tensor:
@@ -442,8 +440,15 @@ def _stretches() -> Tensor:
     angles = torch.arange(4) * math.pi / 4
     axes = torch.stack([angles.cos(), angles.sin()], -1)
     stretched = (torch.eye(2) + (STRETCH - 1) * axes[:, :, None] * axes[:, None]) / math.sqrt(STRETCH)
-    cos, sin = math.cos(TURN), math.sin(TURN)
-    linear = torch.cat([stretched, torch.tensor([[[cos, -sin], [sin, cos]], [[cos, sin], [-sin, cos]]])])
+    return _about_the_centre(torch.cat([stretched, _rotation(TURN)[None], _rotation(-TURN)[None]]))
+
+
+def _rotation(angle: float) -> Tensor:
+    return torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+
+
+def _about_the_centre(linear: Tensor) -> Tensor:
+    """Linear maps `[N, 2, 2]` as affine ones without a shift, `[N, 3, 3]`."""
     return F.pad(linear, (0, 1, 0, 1)) + torch.diag(torch.tensor([0.0, 0.0, 1.0]))
 
 
@@ -469,10 +474,9 @@ def _departure(warps: Tensor, start: Tensor, looser: float) -> Tensor:
     return torch.log1p(strayed / looser**2)
 
 
-def _implausible(warp: Tensor, start: Tensor, looser: float) -> tuple[float, float, float]:
+def _implausible(warp: Tensor, start: Tensor, looser: float, half_side: float) -> tuple[float, float, float]:
     """Of one warp `[1, 2, K]` its departure from the start, its stretch, and how far its terms beyond the affine ones go, in half
     sides: much of any is seldom right."""
-    half_side = torch.linalg.det(start[:, :2]).abs().sqrt()
     return float(_departure(warp, start, looser)[0]), float(_stretch(warp)[0]), float(warp[0, :, 3:].norm() / half_side)
 
 

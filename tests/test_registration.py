@@ -49,7 +49,7 @@ def test_the_warp_is_found_to_a_hundredth_of_the_region_and_is_no_richer_than_ne
 
 
 @pytest.mark.parametrize("true", [[[21.6, 5.2, 96.0], [11.8, 44.4, 80.0]], [[44.1, -17.9, 90.0], [-11.0, 24.9, 80.0]]])
-def test_what_is_seen_far_from_the_side_is_found_from_an_upright_start(true):
+def test_a_view_from_the_side_is_found_from_an_upright_start(true):
     """Two to three times as long one way as the other, which none of the search's similarities is near."""
     true = torch.tensor(true)
     found = register(damaged(true), hole(), REFERENCE, WHOLE, torch.tensor([[30.0, 0.0, 90.0], [0.0, 30.0, 80.0]]))

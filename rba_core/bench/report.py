@@ -201,11 +201,12 @@ def small_regions_table(rows: Sequence[dict], methods: Sequence[str]) -> list[li
     """IoU of each method that aligns over the smallest third of the regions, and over those of at most SMALL x SMALL tokens, against
     what tokens would allow there."""
     sizes = {row["id"]: row["region_tokens"] for row in rows if "region_tokens" in row}
-    smallest = sorted(sizes, key=sizes.get)[: len(sizes) // 3]
+    smallest = set(sorted(sizes, key=sizes.get)[: len(sizes) // 3])
+    small = {id for id, size in sizes.items() if size <= SMALL}
     table = [["regions", "n", "method", "IoU", "rounded", "above it", "bound", "above it"]]
-    for words, chosen in (("smallest third", smallest), (f"up to {SMALL} x {SMALL} tokens", [id for id, size in sizes.items() if size <= SMALL])):
+    for words, chosen in (("smallest third", smallest), (f"up to {SMALL} x {SMALL} tokens", small)):
         for method in methods:
-            own = [row for row in rows if row["method"] == method and row["id"] in set(chosen) and "iou" in row]
+            own = [row for row in rows if row["method"] == method and row["id"] in chosen and "iou" in row]
             if not own:
                 continue
             cells = []
